@@ -1,0 +1,1 @@
+"""Defenses, each in one file, and what they share: copies, neighbours, seeding."""

@@ -1,0 +1,171 @@
+"""What a defense is: a class that fills some of six seams. Everything else in the trainer is the same with and without it.
+
+A new defense is one file here with a config dataclass and a subclass of `Defense`, and one field in `registry.py`.
+The training loop never names a defense.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from defenses.seeding import RecordRandom
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training split as a defense sees it before training (seam 1).
+
+    Attributes:
+        images: uint8 [N, C, H, W], indexable by row; may be a memory map, read it in blocks.
+        rows: rows of ``images`` that are still kept in the training split, ascending.
+        pixel_hash: digest of each row's decoded pixels at their original size (equal = exact copy), length N.
+        group: group (patient) of each row or None, length N.
+    """
+
+    images: np.ndarray
+    rows: np.ndarray
+    pixel_hash: Sequence[str]
+    group: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One record taken out of training, as written to the manifest."""
+
+    row: int
+    reason: str
+    duplicate_of: int | None = None  # row of the record kept in its place
+    distance: float | None = None  # in the unit that the reason names
+
+
+class BatchPlan(Protocol):
+    """Which records form the global batch of a step: a pure function of the step, the same on every rank."""
+
+    def batch(self, step: int) -> np.ndarray:
+        """Rows of the global batch, int64 [b]; b may vary and may be 0 (Poisson sampling)."""
+        ...
+
+
+@dataclass
+class Batch:
+    """One rank's part of a step, or a micro-batch of it.
+
+    Attributes:
+        images: float32 [B, C, H, W] in [-1, 1].
+        labels: int64 [B] class indices, or None for unconditional models.
+        random: this batch's random numbers, one stream per record and purpose.
+        timesteps: int64 [B], drawn after the batch seam.
+        noise: float32 [B, C, H, W], drawn after the batch seam.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    random: RecordRandom
+    timesteps: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+LossFunction = Callable[[nn.Module, Batch], torch.Tensor]  # per-example losses, float32 [B]
+
+
+class GradientRule(Protocol):
+    """Turns per-example losses into ``p.grad`` (seam 4). At most one defense brings one; otherwise it is the mean.
+
+    ``prepares_model`` says whether the trainer lets Accelerate wrap the model (DDP averages raw gradients, which a rule
+    that clips must not have).
+    """
+
+    prepares_model: bool
+
+    def backward(
+        self, model: nn.Module, loss: LossFunction, microbatches: list[Batch], batch_size: int, accelerator: Any
+    ) -> torch.Tensor:
+        """Writes the gradient of the global batch into ``p.grad`` of every trainable parameter, equal on all ranks.
+
+        Args:
+            batch_size: the planned global batch size, a constant.
+            microbatches: this rank's records; may be empty.
+
+        Returns:
+            This rank's per-example losses, detached, float32 [b], for the log.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointView:
+    """What a defense may look at after a checkpoint (seam 5), on all ranks.
+
+    Attributes:
+        step: optimizer steps done.
+        sample: images from the current EMA weights by sample index, float32 [len, C, H, W] in [0, 1].
+        pool: the training records; ``control`` the rows of the calibration split.
+    """
+
+    step: int
+    sample: Callable[[Sequence[int]], torch.Tensor]
+    pool: Pool
+    control: np.ndarray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Answer of seam 5: end training now, or name the checkpoint (its step) that is to be released."""
+
+    stop: bool = False
+    release_step: int | None = None
+
+
+Sampler = Callable[..., torch.Tensor]  # (indices, labels) -> float32 [n, C, H, W] in [0, 1]
+
+
+class Defense:
+    """Six seams, all of which do nothing unless a subclass fills them. ``name`` is the key in ``defenses``."""
+
+    name: str
+
+    def select(self, pool: Pool) -> list[Removal]:
+        """Seam 1a: records to take out of training."""
+        return []
+
+    def plan(self, rows: np.ndarray, batch_size: int, seed: int) -> BatchPlan | None:
+        """Seam 1b: how batches are drawn; None leaves it to the trainer (shuffled epochs)."""
+        return None
+
+    def change_batch(self, batch: Batch) -> Batch:
+        """Seam 2: the images and conditions that the model is trained on."""
+        return batch
+
+    def change_loss(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Seam 3: the per-example losses, float32 [B]; must keep examples independent of each other."""
+        return losses
+
+    def gradient_rule(self) -> GradientRule | None:
+        """Seam 4: how per-example losses become a gradient."""
+        return None
+
+    def after_checkpoint(self, checkpoint: CheckpointView) -> Verdict | None:
+        """Seam 5: stop, or choose the checkpoint to release."""
+        return None
+
+    def wrap_sampler(self, sampler: Sampler) -> Sampler:
+        """Seam 6: sampling of the saved model."""
+        return sampler
+
+    def claim(self) -> dict[str, Any]:
+        """What is promised, as in report.json: ``{"kind": "heuristic", "statement": ...}`` or ``{"kind": "dp", ...}``."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a stop: JSON values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`."""

@@ -1,0 +1,37 @@
+"""All defenses, in the order in which they are applied: the one place that names them."""
+
+from dataclasses import dataclass
+
+from defenses.augment import Augment, AugmentConfig
+from defenses.base import Defense, GradientRule
+from defenses.dedup import Dedup, DedupConfig
+from defenses.errors import UserError
+
+
+@dataclass(kw_only=True)
+class DefensesConfig:
+    """Section ``defenses``: null means off, ``{}`` on with its defaults."""
+
+    dedup: DedupConfig | None = None
+    augment: AugmentConfig | None = None
+
+
+CLASSES = {"dedup": Dedup, "augment": Augment}
+
+
+def build(config: DefensesConfig) -> list[Defense]:
+    """The defenses that are switched on, in order of application."""
+    settings = {name: getattr(config, name) for name in CLASSES}
+    return [CLASSES[name](setting) for name, setting in settings.items() if setting is not None]
+
+
+def gradient_rule(defenses: list[Defense], default: GradientRule) -> GradientRule:
+    """The rule of the one defense that owns the gradient, or ``default``.
+
+    Raises:
+        UserError: two defenses claim it.
+    """
+    rules = {defense.name: rule for defense in defenses if (rule := defense.gradient_rule()) is not None}
+    if len(rules) > 1:
+        raise UserError("defenses", f"{' and '.join(rules)} both replace the gradient", "switch one of them off")
+    return next(iter(rules.values()), default)

@@ -1,0 +1,1 @@
+"""Defended training of diffusion models: data, trainer, sampling. See docs/architecture.md."""

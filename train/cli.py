@@ -1,0 +1,94 @@
+"""What the two entry points share: arguments, errors as one line, the accelerator."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+
+
+@dataclass
+class Arguments:
+    """The command line: a file, overrides ``key=value``, whether to stop after the plan."""
+
+    config: Path | None
+    dry_run: bool
+    overrides: list[str]
+
+
+def parse(description: str) -> Arguments:
+    """Reads ``sys.argv``; bad flags end with exit status 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file (default: configs/quickstart.yaml)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.steps=2000")
+    parsed = parser.parse_args()
+    return Arguments(parsed.config, parsed.dry_run, parsed.overrides)
+
+
+def command_line() -> str:
+    """The command as the user gave it (processes and launch options are recorded by world size)."""
+    return "accelerate launch " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def check_libraries() -> None:
+    """Ends the process with one clear line where torch and torchvision do not fit each other.
+
+    A CPU build of torch beside a CUDA build of torchvision fails on ``torchvision::nms``, and then `import diffusers` fails
+    with it, far from the cause.
+    """
+    import torch
+
+    try:
+        import torchvision
+    except Exception as error:  # RuntimeError, ImportError or OSError, depending on what does not fit
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(f"torchvision does not match torch {torch.__version__}: {reason} (install both from the same index, e.g. pip install torch torchvision)")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 11):
+        fail(f"torch {torch.__version__} is too old, torchvision {torchvision.__version__} with it (install torch>=2.11)")
+
+
+def fail(message: str) -> None:
+    """Prints one line on the first process and exits with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run(main: Callable[[Arguments], int], arguments: Arguments) -> None:
+    """Calls ``main`` and exits with its status; a `UserError` becomes one line and status 2."""
+    from defenses.errors import UserError
+
+    try:
+        status = main(arguments)
+    except UserError as error:
+        fail(str(error))
+    sys.exit(status)
+
+
+def start(config: SimpleNamespace, project: Path | None = None, trackers: list[str] | None = None):
+    """The Accelerator, with quiet libraries and, on CPUs, all cores shared among this machine's processes.
+
+    `accelerate launch` gives every process a single thread where there is no GPU, which would halve the speed on two cores.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from defenses.errors import UserError
+
+    folder = ProjectConfiguration(project_dir=str(project), logging_dir=str(project / "trackers")) if project else None
+    try:
+        accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_config=folder)
+    except (ValueError, ImportError) as error:
+        raise UserError("train.trackers", str(error).splitlines()[0], "install it, or train.trackers=[]") from error
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(config.run.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator

@@ -1,0 +1,151 @@
+"""The run directory: its layout, its log of metrics, its record of what is done."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from defenses.errors import UserError
+from train.files import atomic, write_json
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Section ``run``."""
+
+    name: str = "quickstart"  # folder inside output_dir
+    output_dir: str = "runs"
+    seed: int = 0  # of initial weights, batches, noise and generated images; the split has data.split_seed
+    cpu_threads: int | None = None  # per process, without a GPU; null: the cores shared among the processes
+
+    def __post_init__(self):
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+            raise UserError("run.name", f"{self.name!r} is not a plain folder name", "use letters, digits, - and _")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise UserError("run.cpu_threads", f"{self.cpu_threads} is less than 1", "null takes all cores")
+
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "opacus", "datasets", "omegaconf", "torch-fidelity")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that decide the numbers; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, memory and accelerators of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": memory, "accelerators": accelerators}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class RunDirectory:
+    """Paths and small records of one run. Only the main process writes; every process may read."""
+
+    def __init__(self, config: RunConfig):
+        path = Path(config.output_dir) / config.name
+        self.path, self.main = path, int(os.environ.get("RANK", "0")) == 0
+        self.checkpoints, self.model, self.prepared = path / "checkpoints", path / "model", path / "prepared"
+        self.samples, self.generations, self.attack = path / "samples", path / "generations", path / "attack"
+        self.manifest, self.metrics, self.report = path / "manifest.csv", path / "metrics.jsonl", path / "report.json"
+
+    def open(self, config: DictConfig, command: str) -> None:
+        """Creates the directory (mode 0700: it holds training pictures), or checks that it has the same configuration.
+
+        Raises:
+            UserError: it holds a run with another configuration, or cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UserError("run.output_dir", f"{self.path}: {error.strerror}", "choose a folder that can be written") from error
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            _refuse_changes(OmegaConf.load(stored), config, self.path)
+        elif self.main:
+            with atomic(stored) as file:
+                file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
+        if self.main and not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", {"versions": versions(), "hardware": hardware(), "command": command})
+            self.record(started=timestamp())
+
+    def progress(self) -> dict[str, Any]:
+        """What was recorded so far: start time, seconds per stage."""
+        file = self.path / "progress.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def record(self, **values: Any) -> None:
+        """Adds values to `progress`."""
+        if self.main:
+            write_json(self.path / "progress.json", {**self.progress(), **values})
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time spent on a stage, over all stops and resumes."""
+        self.record(**{stage: self.progress().get(stage, 0.0) + seconds})
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops lines later than ``step``: they will be written again by the resumed run."""
+        if self.main and self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
+            with atomic(self.metrics) as file:
+                file.writelines(line + "\n" for line in kept)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
+        if self.main:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def timestamp() -> str:
+    """Now, as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the line that a kill cut short
+        return None
+
+
+def _refuse_changes(stored: DictConfig, config: DictConfig, path: Path) -> None:
+    old, new = _leaves(OmegaConf.to_container(stored)), _leaves(OmegaConf.to_container(config))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key, None) != new.get(key, None))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            key,
+            f"{path} was made with {old.get(key)!r}, now {new.get(key)!r}" + (f" and {len(changed) - 1} more changes" if changed[1:] else ""),
+            "choose another run.name, or give the same settings to resume",
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {key: value for name, child in tree.items() for key, value in _leaves(child, f"{prefix}.{name}".lstrip(".")).items()}
