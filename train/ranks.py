@@ -1,0 +1,30 @@
+"""Work on several ranks that fails on all of them or on none."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate.utils import gather_object
+
+from defenses.errors import UserError
+
+T = TypeVar("T")
+
+
+def together(accelerator, work: Callable[[], T]) -> T:
+    """Runs ``work`` on every rank; if it fails on one, it fails on all, so that none waits for ever."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    plain = None
+    if failure is not None:
+        is_user = isinstance(failure, UserError)
+        plain = (failure.key, failure.problem, failure.remedy) if is_user else repr(failure)
+    failures = [(rank, each) for rank, each in enumerate(gather_object([plain])) if each is not None]
+    if failure is not None:
+        raise failure
+    if failures:
+        rank, other = failures[0]
+        raise UserError(*other) if isinstance(other, tuple) else RuntimeError(f"rank {rank} failed: {other}")
+    return result
