@@ -1,0 +1,45 @@
+"""The ordinary gradient against autograd on the whole batch."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from defenses.base import Batch
+from defenses.seeding import RecordRandom
+from train.optim import MeanGradient, OptimizerConfig, build_optimizer, build_schedule
+
+
+def microbatches(images: torch.Tensor, parts: int) -> list[Batch]:
+    rows = torch.arange(len(images)).chunk(parts)
+    return [Batch(images[r], None, RecordRandom(0, 0, r.tolist(), [0] * len(r))) for r in rows]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_mean_gradient_does_not_depend_on_accumulation(parts):
+    images = torch.randn(7, 5)
+    model = nn.Linear(5, 1)
+
+    def loss(module, batch):
+        return module(batch.images).square().squeeze(1)
+
+    returned = MeanGradient().backward(model, loss, microbatches(images, parts), 7, Accelerator(cpu=True))
+    residual = images @ model.weight.detach().T + model.bias.detach()  # d/dw mean (wx + b)^2 = 2/N sum (wx + b) x
+    expected = 2 / 7 * (residual * images).sum(0)
+    torch.testing.assert_close(model.weight.grad[0], expected)
+    torch.testing.assert_close(returned, residual.square().squeeze(1))
+
+
+def test_learning_rates():
+    """Linear warm-up over 10 steps, then cosine to zero at step 110: the closed form."""
+    parameter = nn.Parameter(torch.zeros(1))
+    config = OptimizerConfig(schedule="cosine", warmup_steps=10)
+    optimizer = build_optimizer(config, [parameter], 0.5)
+    schedule = build_schedule(config, optimizer, 110)
+    rates = []
+    for _ in range(110):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[5] == pytest.approx(0.25) and rates[10] == pytest.approx(0.5)
+    assert rates[60] == pytest.approx(0.25, rel=1e-6) and rates[109] < 1e-3

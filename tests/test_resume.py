@@ -1,0 +1,149 @@
+"""A run stopped at any step and resumed ends with the same weights, averages and metrics as one never stopped."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.small import opened
+
+from defenses.errors import UserError
+from train import checkpoint
+from train.loop import Interrupted, Trainer
+from train.stage import train_model
+
+STEPS = 7
+TIMES = ("images_per_second",)
+
+
+class Killed(Exception):
+    pass
+
+
+def finish(path, *overrides):
+    config, dataset, directory, accelerator = opened(path, *overrides)
+    train_model(config, dataset, directory, accelerator)
+    return directory
+
+
+def outcome(directory):
+    final = directory.checkpoints / f"step-{STEPS}"
+    rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    metrics = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    tensors = {part: load_file(final / f"{part}.safetensors") for part in ("model", "ema", "optimizer")}
+    return tensors, metrics, json.loads((final / "state.json").read_text())["images_seen"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return outcome(finish(tmp_path_factory.mktemp("straight"), "defenses.augment={}"))
+
+
+def same(one, two):
+    for part in one[0]:
+        assert one[0][part].keys() == two[0][part].keys()
+        for name, tensor in one[0][part].items():
+            assert torch.equal(tensor, two[0][part][name]), (part, name)
+    assert one[1:] == two[1:]
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_killed_at_every_step(step, tmp_path, monkeypatch, straight):
+    """A kill leaves no trace but the last checkpoint; metrics after it are written again, not twice."""
+    original = Trainer.step
+
+    def dying(self):
+        if self.state.step == step:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "step", dying)
+    with pytest.raises(Killed):
+        finish(tmp_path, "defenses.augment={}")
+    monkeypatch.undo()
+    same(outcome(finish(tmp_path, "defenses.augment={}")), straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_the_step_in_progress(number, tmp_path, monkeypatch, straight):
+    original = Trainer.step
+
+    def interrupting(self):
+        if self.state.step == 4:
+            os.kill(os.getpid(), number)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupting)
+    with pytest.raises(Interrupted) as stop:
+        finish(tmp_path, "defenses.augment={}")
+    monkeypatch.undo()
+    assert stop.value.step == 5 and (tmp_path / "quickstart" / "checkpoints" / "step-5").is_dir()
+    same(outcome(finish(tmp_path, "defenses.augment={}")), straight)
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path, monkeypatch):
+    """A kill inside the writing of a checkpoint leaves only a temporary folder, and the one before it."""
+    directory = finish(tmp_path)
+    steps = checkpoint.all_steps(directory.checkpoints)
+    original = checkpoint.save_file
+    written = []
+
+    def dying(tensors, path):
+        if len(written) == 2:
+            raise Killed
+        written.append(path)
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", dying)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(Killed):
+        checkpoint.save(directory.checkpoints / "step-99", model, torch.optim.AdamW(model.parameters()), list(model.parameters()), {})
+    assert checkpoint.all_steps(directory.checkpoints) == steps
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    directory = finish(tmp_path, "train.steps=3")
+    (directory.checkpoints / "step-3" / "model.safetensors").write_bytes(b"damaged")
+    for path in directory.model.iterdir():
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(UserError, match="step-3"):
+        finish(tmp_path, "train.steps=3")
+
+
+def test_pickle_never_runs(tmp_path):
+    """A planted pickle in place of a checkpoint file is refused, not executed."""
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    directory = finish(tmp_path, "train.steps=3")
+    for part in ("model", "ema", "optimizer"):
+        (directory.checkpoints / "step-3" / f"{part}.safetensors").write_bytes(pickle.dumps(Payload()))
+    (directory.model / "deffuse.json").unlink()
+    with pytest.raises(UserError):
+        finish(tmp_path, "train.steps=3")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_other_settings_are_refused(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(UserError, match=r"train\.learning_rate.*run\.name"):
+        finish(tmp_path, "train.learning_rate=1e-4")
+
+
+def test_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    directory = finish(tmp_path)
+    before = (directory.model / "deffuse.json").read_bytes()
+    monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("trained again"))
+    finish(tmp_path)
+    assert (directory.model / "deffuse.json").read_bytes() == before
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    assert checkpoint.all_steps(finish(tmp_path, "train.keep_checkpoints=2").checkpoints) == [6, 7]
+    assert checkpoint.all_steps(finish(tmp_path, "train.keep_checkpoints=null", "run.name=all").checkpoints) == [3, 6, 7]

@@ -1,0 +1,82 @@
+"""The diffusion objective: schedule, noising, per-example loss."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import nn
+
+from defenses.base import Batch
+from defenses.errors import UserError
+
+
+@dataclass(kw_only=True)
+class DiffusionConfig:
+    """Section ``train.diffusion``."""
+
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"  # what the network predicts
+    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    timesteps: int = 1000
+    snr_gamma: float | None = 5.0  # min-SNR weighting (Hang et al. 2023); null: unweighted loss
+
+    def __post_init__(self):
+        if self.timesteps < 2:
+            raise UserError("train.diffusion.timesteps", f"{self.timesteps} is too few", "at least 2; 1000 is usual")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UserError("train.diffusion.snr_gamma", f"{self.snr_gamma} is not positive", "null switches weighting off")
+
+
+def noise_schedule(config: DiffusionConfig) -> DDPMScheduler:
+    """The forward process, as it is saved with the model."""
+    return DDPMScheduler(
+        num_train_timesteps=config.timesteps,
+        beta_schedule=config.noise_schedule,
+        prediction_type=config.prediction,
+        clip_sample=True,
+    )
+
+
+def draw(batch: Batch, schedule: DDPMScheduler) -> Batch:
+    """Adds each record's timestep and noise, from its own random stream."""
+    device, shape = batch.images.device, batch.images.shape[1:]
+    batch.timesteps = batch.random.integers("timestep", schedule.config.num_train_timesteps).to(device)
+    batch.noise = batch.random.normal("noise", *shape).to(device, non_blocking=True)
+    return batch
+
+
+def loss_weight(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor:
+    """Weight of the squared error of the network's own output, float32 [B].
+
+    Min-SNR weights the error of the predicted image by min(SNR, gamma) (Hang et al. 2023, section 3.4). An error in epsilon
+    is 1/SNR of it, one in v is 1/(SNR + 1): hence the divisors.
+    """
+    if gamma is None:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    snr = compute_snr(schedule, timesteps)
+    divisor = snr if schedule.config.prediction_type == "epsilon" else snr + 1
+    return snr.clamp(max=gamma) / divisor
+
+
+def per_example_loss(model: nn.Module, batch: Batch, schedule: DDPMScheduler, gamma: float | None) -> torch.Tensor:
+    """Weighted mean squared error of each record, float32 [B].
+
+    Args:
+        batch: with timesteps and noise (`draw`).
+        gamma: bound of the min-SNR weight, or None.
+    """
+    noisy = schedule.add_noise(batch.images, batch.noise, batch.timesteps)  # [B, C, H, W]
+    if schedule.config.prediction_type == "epsilon":
+        target = batch.noise
+    else:
+        target = schedule.get_velocity(batch.images, batch.noise, batch.timesteps)
+    prediction = model(noisy, batch.timesteps, class_labels=batch.labels, return_dict=False)[0]
+    error = (prediction.float() - target).square().flatten(1).mean(1)
+    return error * loss_weight(schedule, batch.timesteps, gamma)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 arithmetic for ``precision="bf16"``, else plain float32. Weights stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

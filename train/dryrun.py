@@ -1,0 +1,96 @@
+"""``--dry-run``: everything that can be known before hours of work, and nothing written that stays."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+
+from defenses import registry
+from train.data import Dataset, prepare, summary
+from train.loop import Trainer
+from train.models import parameter_count
+from train.runlog import RunDirectory
+from train.stage import build_trainer, class_names, select_records
+
+SECRET_WORDS = ("token", "secret", "password", "api_key")
+
+
+def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator) -> int:
+    """Prints resolved configuration, data, model, one batch, defenses, disk and memory; returns exit status 0."""
+    say: Callable[..., None] = accelerator.print
+    say(OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(tree, resolve=True)))))
+    with tempfile.TemporaryDirectory(prefix="deffuse-dry-run-") as folder:
+        directory = RunDirectory(replace(config.run, output_dir=folder))
+        directory.path.mkdir(parents=True, exist_ok=True)
+        dataset = prepare(config.data, directory.prepared, accelerator)
+        select_records(config, dataset, accelerator)
+        describe_data(say, dataset)
+        names = class_names(dataset, config.data.label_key)
+        trainer = build_trainer(config, dataset, directory, accelerator, registry.build(config.defenses), names)
+        describe_training(say, config, trainer, dataset, accelerator)
+    return 0
+
+
+def masked(tree):
+    """The configuration with secrets hidden."""
+    if not isinstance(tree, dict):
+        return tree
+    return {k: "***" if any(word in k.lower() for word in SECRET_WORDS) and v else masked(v) for k, v in tree.items()}
+
+
+def describe_data(say: Callable[..., None], dataset: Dataset) -> None:
+    facts = summary(dataset)
+    say(f"records {facts['found']} found, {facts['rejected']} rejected")
+    for reason, count in facts["reasons"].items():
+        say(f"  rejected {count}: {reason}")
+    say(f"split train {facts['train']}, calibration {facts['calibration']}, heldout {facts['heldout']}")
+    say(f"distinct pictures in train {facts['clusters']}, units {facts['units']} ({facts['unit']}s)")
+    say(f"kept for training {len(dataset.rows('train', kept=True))}")
+
+
+def describe_training(
+    say: Callable[..., None], config: SimpleNamespace, trainer: Trainer, dataset: Dataset, accelerator: Accelerator
+) -> None:
+    model = trainer.state.model
+    parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
+    say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
+    batches = trainer.microbatches(trainer.plan.batch(0))
+    images = batches[0].images
+    say(f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process")
+    if batches[0].labels is not None:
+        say(f"labels {tuple(batches[0].labels.shape)}, classes {model.config.num_class_embeds}")
+    for defense in trainer.defenses:
+        say(f"defense {defense.name}: {defense.claim()}")
+    saved = activation_bytes(lambda: trainer.loss(model, batches[0]).sum())
+    # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
+    memory = 4 * (2 * parameters + 3 * trainable + parameters) + saved
+    say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
+    kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
+    pictures = config.generate.count * images[0].numel()
+    disk = dataset.images.nbytes + kept * 16 * parameters + 4 * parameters + pictures
+    say(f"disk about {gib(disk)} in {Path(config.run.output_dir) / config.run.name}")
+
+
+def activation_bytes(loss: Callable[[], torch.Tensor]) -> int:
+    """Bytes that one forward pass keeps for its backward pass, counted by storage."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = loss()
+    del kept
+    return sum(storages.values())
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB with two figures after the point."""
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,315 @@
+"""The training loop: fetch, gradient, update, average, log, checkpoint. It knows the seams but no defense."""
+
+import copy
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm import tqdm
+
+from defenses.base import Batch, BatchPlan, CheckpointView, Defense, GradientRule
+from defenses.errors import UserError
+from defenses.seeding import RecordRandom, derive
+from train import checkpoint
+from train.diffusion import DiffusionConfig, autocast, draw, per_example_loss
+from train.optim import OptimizerConfig
+from train.plan import repeats
+from train.runlog import RunDirectory
+
+SIGNAL_STEPS = 10  # torchrun kills its workers 30 s after it passed on SIGTERM: this many steps and a checkpoint must fit
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Section ``train``."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 64  # images per optimizer step, over all processes and accumulation
+    accumulation: int = 1  # micro-batches per process and step
+    learning_rate: float = 1e-3
+    precision: Literal["bf16", "fp32"] = "bf16"  # arithmetic; weights stay float32
+    ema_decay: float = 0.999  # of the averaged weights, which are what is saved, sampled and attacked
+    checkpoint_every: int = 500  # steps; 0: only at the end
+    keep_checkpoints: int | None = 2  # older ones are removed; null keeps all
+    log_every: int = 50  # steps per line of metrics.jsonl
+    preview_every: int = 500  # steps between sample grids; 0: none
+    preview_count: int = 16  # images in a sample grid
+    heldout_every: int = 250  # steps between held-out losses; 0: none
+    heldout_records: int = 128  # records of the held-out split used for it, and as many of the training split
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # any Accelerate tracker; []: none
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        for key in ("steps", "batch_size", "accumulation", "log_every", "preview_count", "heldout_records"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        for key in ("checkpoint_every", "preview_every", "heldout_every"):
+            if getattr(self, key) < 0:
+                raise UserError(f"train.{key}", f"{getattr(self, key)} is negative", "0 means never")
+        if self.learning_rate <= 0:
+            raise UserError("train.learning_rate", f"{self.learning_rate} is not positive", "1e-4 to 1e-3 is usual")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError("train.ema_decay", f"{self.ema_decay} is not in [0, 1)", "0.999 is usual; 0 switches it off")
+        if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
+            raise UserError("train.keep_checkpoints", f"{self.keep_checkpoints} keeps none", "at least 1; null keeps all")
+
+
+@dataclass
+class TrainState:
+    """All that must survive a stop. Everything else follows from (seed, step)."""
+
+    model: nn.Module  # not wrapped
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel
+    step: int = 0
+    images_seen: int = 0
+    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last log line
+    loss_count: int = 0
+    seconds: float = 0.0  # spent training, over all stops
+    stopped_by: str | None = None  # defense that ended training early
+    release_step: int | None = None  # checkpoint that a defense chose
+
+    def counters(self) -> dict[str, Any]:
+        names = ("step", "images_seen", "seconds", "stopped_by", "release_step")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Trainer:
+    """What a step needs, built by run.py. ``fetch`` gives uint8 [b, C, H, W] and class indices [b] (or None) for rows."""
+
+    config: TrainConfig
+    seed: int
+    state: TrainState
+    wrapped: nn.Module  # the model as Accelerate prepared it, or the bare one
+    schedule: DDPMScheduler
+    plan: BatchPlan
+    fetch: Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor | None]]
+    rule: GradientRule
+    defenses: list[Defense]
+    lr_schedule: Any
+    accelerator: Accelerator
+    directory: RunDirectory
+    evaluate: Callable[[], dict[str, float]]  # held-out losses of the current EMA weights
+    preview: Callable[[int], None]
+    view: Callable[[int], CheckpointView]
+
+    def train(self) -> None:
+        """Trains from ``state.step`` to the end, or until a defense or a signal stops it."""
+        config, state = self.config, self.state
+        bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not self.accelerator.is_main_process, smoothing=0.1)
+        with _interruption() as interrupted, bar:
+            mark = time.perf_counter()
+            while state.step < config.steps and state.stopped_by is None:
+                losses = self.step()
+                state.loss_sum = state.loss_sum.to(losses.device) + losses.sum(dtype=torch.float64)
+                state.loss_count += len(losses)
+                state.step += 1
+                bar.update()
+                due = _Due(config, state.step)
+                if due.log:
+                    now = time.perf_counter()
+                    self.log(bar, now - mark)
+                    mark = now
+                if due.heldout:
+                    self.record(self.evaluate())
+                if due.preview:
+                    self.preview(state.step)
+                stop = self.interrupted_anywhere(interrupted)
+                if due.checkpoint or stop:
+                    self.save()
+                if due.checkpoint:
+                    self.ask_defenses()
+                if stop:
+                    raise Interrupted(state.step)
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step. Returns this rank's per-example losses, float32 [b]."""
+        state, config = self.state, self.config
+        started = time.perf_counter()
+        rows = self.plan.batch(state.step)
+        microbatches = self.microbatches(rows)
+        torch.manual_seed(derive(self.seed, "dropout", state.step, self.accelerator.process_index))
+        losses = self.rule.backward(self.wrapped, self.loss, microbatches, config.batch_size, self.accelerator)
+        if config.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        self.lr_schedule.step()
+        state.ema.step(state.model.parameters())
+        state.images_seen += len(rows)
+        state.seconds += time.perf_counter() - started
+        return losses
+
+    def microbatches(self, rows: np.ndarray) -> list[Batch]:
+        """This rank's share of the global batch, cut for accumulation, with augmentation, timesteps and noise."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        order = repeats(rows)
+        parts = zip(
+            np.array_split(rows[rank::world], self.config.accumulation),
+            np.array_split(order[rank::world], self.config.accumulation),
+            strict=True,
+        )
+        return [self.batch(part, repeat) for part, repeat in parts if len(part)]
+
+    def batch(self, rows: np.ndarray, repeat: np.ndarray) -> Batch:
+        pixels, labels = self.fetch(rows)  # uint8 [b, C, H, W], int64 [b] | None
+        device = self.accelerator.device
+        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
+        labels = None if labels is None else labels.to(device)
+        batch = Batch(images, labels, RecordRandom(self.seed, self.state.step, rows, repeat))
+        for defense in self.defenses:
+            batch = defense.change_batch(batch)
+        return draw(batch, self.schedule)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Per-example losses after the defenses, float32 [b]: a pure function of (weights, batch)."""
+        with autocast(batch.images.device, self.config.precision):
+            losses = per_example_loss(model, batch, self.schedule, self.config.diffusion.snr_gamma)
+        for defense in self.defenses:
+            losses = defense.change_loss(losses, batch)
+        return losses
+
+    def log(self, bar: tqdm, seconds: float) -> None:
+        """One line of metrics.jsonl: mean loss over all ranks since the last line, learning rate, speed."""
+        state = self.state
+        total, count = self.loss_totals()
+        loss = total / max(count, 1)
+        state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
+        if not np.isfinite(loss):
+            raise UserError("train", f"the loss is not finite at step {state.step}", "lower train.learning_rate, then resume")
+        speed = count / seconds
+        bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
+        self.record({"loss": loss, "learning_rate": self.lr_schedule.get_last_lr()[0], "images_per_second": speed})
+
+    def record(self, values: dict[str, float]) -> None:
+        self.directory.log({"step": self.state.step, **values})
+        self.accelerator.log(values, step=self.state.step)
+
+    def save(self) -> None:
+        """Writes a checkpoint on the main process while the others wait."""
+        state = self.state
+        folder = self.directory.checkpoints / f"step-{state.step}"
+        totals = self.loss_totals()
+        if self.accelerator.is_main_process:
+            counters = {**state.counters(), "loss_sum": totals[0], "loss_count": totals[1]}
+            defenses = {defense.name: defense.state_dict() for defense in self.defenses}
+            values = {**counters, "ema_steps": state.ema.optimization_step, "defenses": defenses}
+            checkpoint.save(folder, state.model, state.optimizer, state.ema.shadow_params, values)
+            checkpoint.prune(self.directory.checkpoints, self.config.keep_checkpoints, state.release_step)
+        self.accelerator.wait_for_everyone()
+
+    def loss_totals(self) -> tuple[float, int]:
+        """Sum and number of the losses since the last line of the log, over all ranks."""
+        count = torch.tensor(float(self.state.loss_count), dtype=torch.float64)
+        sums = torch.stack([self.state.loss_sum.cpu(), count]).to(self.accelerator.device)
+        total, count = reduce(sums, "sum").tolist()
+        return total, int(count)
+
+    def resume(self, folder: Path) -> None:
+        """Restores ``state`` from a checkpoint, on every rank."""
+        ema, values = checkpoint.load(folder, self.state.model, self.state.optimizer)
+        for name in self.state.counters():
+            setattr(self.state, name, values[name])
+        if self.accelerator.is_main_process:  # the sums were saved over all ranks
+            self.state.loss_sum = torch.tensor(values["loss_sum"], dtype=torch.float64)
+            self.state.loss_count = values["loss_count"]
+        self.state.ema.optimization_step = values["ema_steps"]
+        for average, loaded in zip(self.state.ema.shadow_params, ema, strict=True):
+            average.copy_(loaded)
+        for defense in self.defenses:
+            defense.load_state_dict(values["defenses"].get(defense.name, {}))
+        self.lr_schedule.last_epoch = self.state.step  # the rate itself came back with the optimizer
+        self.lr_schedule._last_lr = [group["lr"] for group in self.state.optimizer.param_groups]
+        self.directory.truncate_metrics(self.state.step)
+
+    def ask_defenses(self) -> None:
+        """Seam 5: any defense may end training or name the checkpoint to release."""
+        listeners = [d for d in self.defenses if type(d).after_checkpoint is not Defense.after_checkpoint]
+        if not listeners:
+            return
+        view = self.view(self.state.step)
+        for defense in listeners:
+            verdict = defense.after_checkpoint(view)
+            if verdict is not None and verdict.release_step is not None:
+                self.state.release_step = verdict.release_step
+            if verdict is not None and verdict.stop:
+                self.state.stopped_by = defense.name
+        self.save()  # the verdict and the defense's new state must survive a stop
+
+    def interrupted_anywhere(self, interrupted: list[int]) -> bool:
+        """Whether any rank got a signal. Several ranks ask each other only now and then: it makes a GPU wait."""
+        if self.accelerator.num_processes == 1:
+            return bool(interrupted)
+        if self.state.step % SIGNAL_STEPS:
+            return False
+        flag = torch.tensor([float(len(interrupted))], device=self.accelerator.device)
+        return reduce(flag, "sum").item() > 0
+
+
+class _Due:
+    """What happens after a step."""
+
+    def __init__(self, config: TrainConfig, step: int):
+        last = step == config.steps
+
+        def every(interval: int) -> bool:
+            return interval > 0 and (step % interval == 0 or last)
+
+        self.log = step % config.log_every == 0 or last
+        self.heldout = every(config.heldout_every)
+        self.preview = every(config.preview_every)
+        self.checkpoint = last or every(config.checkpoint_every)
+
+
+class Interrupted(Exception):
+    """Training was stopped by SIGTERM or SIGINT after a checkpoint at ``step``."""
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"stopped at step {step}")
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that the step in progress can end and be saved."""
+    received: list[int] = []
+    previous = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
+    """The model with its EMA weights, in evaluation mode, for the length of a block."""
+    model = state.model
+    state.ema.store(model.parameters())
+    state.ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train()
+        state.ema.restore(model.parameters())
+
+
+def released_model(state: TrainState) -> nn.Module:
+    """A copy of the model that holds the EMA weights, on the CPU."""
+    with averaged_weights(state) as model:
+        return copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()

@@ -1,0 +1,102 @@
+"""The denoising networks: diffusers' `UNet2DModel` in pixel space, unconditional or class-conditional."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
+
+from defenses.errors import UserError
+
+# Block widths, residual layers per block, levels with attention. "base" has the layout of google/ddpm-cifar10-32 and "large"
+# that of diffusers' unconditional training example, so that their published figures can be compared.
+SIZES = {
+    "tiny": ((32, 64, 64), 1, ()),  # 1.1 M parameters
+    "small": ((64, 128, 128), 2, (2,)),  # 6 M
+    "base": ((128, 256, 256, 256), 2, (1,)),  # 36 M
+    "large": ((128, 128, 256, 256, 512, 512), 2, (4,)),  # 114 M
+}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Section ``model``."""
+
+    family: Literal["pixel"] = "pixel"  # UNet2DModel on pixels
+    size: Literal["tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
+    pretrained: str | None = None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
+    revision: str | None = None  # revision of a hub id; null: its default
+    dropout: float = 0.0  # probability inside residual blocks
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise UserError("model.dropout", f"{self.dropout} is not a probability below 1", "choose 0 <= dropout < 1")
+
+
+def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:
+    """UNet for [B, channels, image_size, image_size]; ``classes`` 0 means unconditional.
+
+    Raises:
+        UserError: the image size does not fit the number of levels, or the pretrained weights do not fit the data.
+    """
+    if config.pretrained is not None:
+        return _load_pretrained(config, channels, classes)
+    widths, layers, attention = SIZES[config.size]
+    step = 2 ** (len(widths) - 1)
+    if image_size % step:
+        near = max(step, round(image_size / step) * step)
+        raise UserError(
+            "data.image_size", f"{image_size} is not a multiple of {step}, which model.size={config.size} needs", f"take {near}"
+        )
+    down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
+    up = ["AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(widths)))]
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        down_block_types=down,
+        up_block_types=up,
+        dropout=config.dropout,
+        num_class_embeds=classes or None,
+    )
+
+
+def _load_pretrained(config: ModelConfig, channels: int, classes: int) -> UNet2DModel:
+    try:
+        model = UNet2DModel.from_pretrained(
+            config.pretrained, subfolder="unet", revision=config.revision, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError("model.pretrained", f"{config.pretrained}: {reason}", "give a saved diffusers pipeline folder") from error
+    found = (model.config.in_channels, model.config.num_class_embeds or 0)
+    if found != (channels, classes):
+        raise UserError(
+            "model.pretrained",
+            f"has {found[0]} channels and {found[1]} classes, the data {channels} and {classes}",
+            "set data.channels and data.label_key to match, or choose another model",
+        )
+    return model
+
+
+def save_pipeline(folder: Path, model: nn.Module, scheduler: DDPMScheduler) -> None:
+    """Writes ``model`` with its noise schedule as a diffusers `DDIMPipeline` (safetensors).
+
+    The weights may live on any device; the pipeline loads with ``DiffusionPipeline.from_pretrained(folder)``.
+    """
+    pipeline = DDIMPipeline(unet=model, scheduler=scheduler)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def parameter_count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Layout of the convolutions: channels-last feeds GPU tensor cores; on CPUs it was slower (docs/performance.md)."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format

@@ -1,0 +1,55 @@
+"""The main job: prepare, train, generate, attack, utility, report.
+
+    accelerate launch train/run.py [--config FILE] [--dry-run] [key=value ...]
+"""
+
+import os
+import sys
+
+if not __package__:  # `accelerate launch train/run.py` puts train/ first on the path, not the repository
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    __import__("train.cli").cli.check_libraries()  # before diffusers is imported, which fails unclearly
+
+from eval.config import SECTIONS as EVAL_SECTIONS
+from eval.config import check
+from eval.stage import run_evaluation
+from train import cli
+from train import config as configuration
+from train.data import prepare, write_manifest
+from train.dryrun import dry_run
+from train.loop import Interrupted
+from train.runlog import RunDirectory
+from train.stage import select_records, train_model
+
+
+def main(arguments: cli.Arguments) -> int:
+    """Runs or resumes one configuration; returns the exit status."""
+    file = arguments.config or cli.ROOT / "configs" / "quickstart.yaml"
+    tree = configuration.load({**configuration.SECTIONS, **EVAL_SECTIONS}, file, arguments.overrides)
+    config = configuration.objects(tree)
+    check(config)
+    directory = RunDirectory(config.run)
+    if arguments.dry_run:
+        return dry_run(tree, config, cli.start(config))
+    accelerator = cli.start(config, directory.path, config.train.trackers)
+    directory.open(tree, cli.command_line())
+    accelerator.wait_for_everyone()
+    if directory.report.exists():
+        accelerator.print(f"all done: {directory.path / 'report.html'}")
+        return 0
+    dataset = prepare(config.data, directory.prepared, accelerator)
+    select_records(config, dataset, accelerator)
+    if accelerator.is_main_process:
+        write_manifest(dataset, directory.manifest)
+    try:
+        train_model(config, dataset, directory, accelerator)
+    except Interrupted as stop:
+        accelerator.print(f"stopped after the checkpoint of step {stop.step}; the same command resumes")
+        return 1
+    run_evaluation(directory, config, accelerator)
+    accelerator.print(f"report: {directory.path / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parse(__doc__))
