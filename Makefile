@@ -1,0 +1,48 @@
+# make demo: install, train the embedded example without a defense, attack it, report.   make test: install, run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
+TEST_PROCESSES ?= $(shell nproc)
+
+.PHONY: demo test test-fast lint format smoke bench clean
+
+demo: $(VENV)/.installed
+	$(LAUNCH) train/run.py $(ARGS)
+	@echo "open runs/quickstart/report.html; then compare: make demo ARGS='defenses.dedup={} run.name=quickstart-dedup'"
+
+# Two test processes with one thread each are faster than one with two: small tensors do not fill two cores.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow and not multi"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The whole job on tiny pictures in half a minute: does it still run from end to end?
+smoke: $(VENV)/.installed
+	rm -rf runs/smoke
+	$(LAUNCH) train/run.py --config configs/smoke.yaml
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/train_throughput.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
