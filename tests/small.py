@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 from accelerate import Accelerator
 
+from defenses import registry
+from defenses.base import Defense
 from eval.config import SECTIONS as EVAL_SECTIONS
 from train import config as configuration
 from train.data import Dataset, prepare
@@ -43,12 +45,15 @@ def small_config(output_dir: Path, *overrides: str):
     return tree, configuration.objects(tree)
 
 
-def opened(output_dir: Path, *overrides: str) -> tuple[SimpleNamespace, Dataset, RunDirectory, Accelerator]:
-    """Everything that `train_model` needs, with the records selected."""
+def opened(
+    output_dir: Path, *overrides: str
+) -> tuple[SimpleNamespace, Dataset, RunDirectory, list[Defense], Accelerator]:
+    """All arguments of `train_model`, with the records selected."""
     tree, config = small_config(output_dir, *overrides)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     directory = RunDirectory(config.run)
     directory.open(tree, "test")
     dataset = prepare(config.data, directory.prepared, accelerator)
-    select_records(config, dataset, accelerator)
-    return config, dataset, directory, accelerator
+    defenses = registry.build(config.defenses)
+    select_records(config, dataset, defenses, accelerator)
+    return config, dataset, directory, defenses, accelerator

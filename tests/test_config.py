@@ -57,7 +57,9 @@ def test_mistakes_name_the_key_in_one_line(override, words):
     assert "\n" not in text and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("content", ["train: [", "- a\n- b\n", "train: {steps: !!python/object:os.system {}}", "train: {stepz: 3}"])
+@pytest.mark.parametrize(
+    "content", ["train: [", "- a\n- b\n", "train: {steps: !!python/object:os.system {}}", "train: {stepz: 3}"]
+)
 def test_bad_files(tmp_path, content):
     file = tmp_path / "a.yaml"
     file.write_text(content)
@@ -78,7 +80,8 @@ def test_interpolations_stay_unresolved_in_the_tree(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "key"), [("train.trackers=[wandb]", "train.trackers"), ("report.push_to_hub=a/b", "report.push_to_hub")]
+    ("override", "key"),
+    [("train.trackers=[wandb]", "train.trackers"), ("report.push_to_hub=a/b", "report.push_to_hub")],
 )
 def test_restricted_data_stay_here(override, key):
     config = load("data.restricted=true", override)

@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.small import opened
 
 from defenses.errors import UserError
+from tests.small import opened
 from train import checkpoint
 from train.loop import Interrupted, Trainer
 from train.stage import train_model
@@ -23,9 +23,9 @@ class Killed(Exception):
 
 
 def finish(path, *overrides):
-    config, dataset, directory, accelerator = opened(path, *overrides)
-    train_model(config, dataset, directory, accelerator)
-    return directory
+    arguments = opened(path, *overrides)
+    train_model(*arguments)
+    return arguments[2]
 
 
 def outcome(directory):
@@ -99,7 +99,13 @@ def test_half_written_checkpoint_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", dying)
     model = torch.nn.Linear(2, 2)
     with pytest.raises(Killed):
-        checkpoint.save(directory.checkpoints / "step-99", model, torch.optim.AdamW(model.parameters()), list(model.parameters()), {})
+        checkpoint.save(
+            directory.checkpoints / "step-99",
+            model,
+            torch.optim.AdamW(model.parameters()),
+            list(model.parameters()),
+            {},
+        )
     assert checkpoint.all_steps(directory.checkpoints) == steps
 
 
@@ -146,4 +152,8 @@ def test_finished_training_is_not_repeated(tmp_path, monkeypatch):
 
 def test_old_checkpoints_are_pruned(tmp_path):
     assert checkpoint.all_steps(finish(tmp_path, "train.keep_checkpoints=2").checkpoints) == [6, 7]
-    assert checkpoint.all_steps(finish(tmp_path, "train.keep_checkpoints=null", "run.name=all").checkpoints) == [3, 6, 7]
+    assert checkpoint.all_steps(finish(tmp_path, "train.keep_checkpoints=null", "run.name=all").checkpoints) == [
+        3,
+        6,
+        7,
+    ]

@@ -56,7 +56,9 @@ def test_saved_pipeline_samples_like_the_model(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(3)
     start = torch.randn(1, 1, 16, 16)
-    theirs = pipeline(batch_size=1, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np").images
+    theirs = pipeline(
+        batch_size=1, generator=torch.Generator().manual_seed(3), num_inference_steps=5, output_type="np"
+    ).images
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(schedule.config)

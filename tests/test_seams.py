@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.small import opened
 
 from defenses import registry
 from defenses.base import Batch, Defense, Removal, Verdict
 from defenses.errors import UserError
+from tests.small import opened
 from train.stage import train_model
 
 
@@ -31,9 +31,9 @@ def run(tmp_path, monkeypatch, *kinds, overrides=()):
     """Trains the small run with instances of the given classes as its defenses; returns (directory, instances, facts)."""
     made = [kind(NothingConfig()) for kind in kinds]
     monkeypatch.setattr(registry, "build", lambda config: made)
-    config, dataset, directory, accelerator = opened(tmp_path, *overrides)
-    facts = train_model(config, dataset, directory, accelerator)
-    return directory, made, facts, dataset
+    arguments = opened(tmp_path, *overrides)
+    facts = train_model(*arguments)
+    return arguments[2], made, facts, arguments[1]
 
 
 def weights(directory, step=7, part="model"):
@@ -86,7 +86,11 @@ class SumOfClipped:
         for microbatch in microbatches:
             for i in range(len(microbatch)):
                 one = Batch(
-                    microbatch.images[i : i + 1], None, microbatch.random, microbatch.timesteps[i : i + 1], microbatch.noise[i : i + 1]
+                    microbatch.images[i : i + 1],
+                    None,
+                    microbatch.random,
+                    microbatch.timesteps[i : i + 1],
+                    microbatch.noise[i : i + 1],
                 )
                 value = loss(model, one)
                 gradients = torch.autograd.grad(value.sum(), parameters)
@@ -169,7 +173,9 @@ def test_checkpoint_seam_stops_and_releases(tmp_path, monkeypatch):
     assert defense.asked == [3, 6] and facts["steps"] == 6 and facts["stopped_by"] == "early"
     assert facts["released_step"] == 3
     released = load_file(directory.model / "unet" / "diffusion_pytorch_model.safetensors")
-    torch.testing.assert_close(released["conv_in.weight"], weights(directory, 3, "ema")["conv_in.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        released["conv_in.weight"], weights(directory, 3, "ema")["conv_in.weight"], rtol=0, atol=0
+    )
 
 
 def test_sampler_seam_wraps_generation():

@@ -47,11 +47,11 @@ def test_every_file_is_an_item_or_counted_as_ignored(tmp_path):
     assert source.ignored == 7  # hidden.png and seven texts or papers, without the hidden folder
 
 
-def test_sub_folders_are_labels_only_where_there_are_several(tmp_path):
+def test_sub_folders_are_labels_where_asked_for(tmp_path):
     picture(tmp_path / "images/x.png")
-    assert listing(tmp_path)[0].label is None
     picture(tmp_path / "train/cat/x.png")
-    assert [item.label for item in listing(tmp_path)] == ["images", "cat"]
+    assert [item.label for item in listing(tmp_path)] == [None, None]
+    assert [item.label for item in listing(tmp_path, label_key="label")] == ["images", "cat"]
     assert [item.group for item in listing(tmp_path, group_key="folder")] == ["images", "train/cat"]
 
 

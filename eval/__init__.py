@@ -1,0 +1,1 @@
+"""Evaluation: extraction attack, image quality, report."""

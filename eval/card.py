@@ -1,0 +1,152 @@
+"""MODEL_CARD.md: what a person who receives the model must know, in the format of the Hugging Face hub."""
+
+import re
+from typing import Any
+
+import yaml
+
+from eval import wording
+
+UNCONDITIONAL = """import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+images = pipeline(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images"""
+
+CLASS_CONDITIONAL = """import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+unet = pipeline.unet
+scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+scheduler.set_timesteps(50)
+
+class_labels = torch.tensor([0, 0, 1, 1])  # one class index per image; the stock pipeline cannot pass them
+shape = (len(class_labels), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+images = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        prediction = unet(scheduler.scale_model_input(images, t), t, class_labels=class_labels).sample
+        images = scheduler.step(prediction, t, images).prev_sample
+images = (images / 2 + 0.5).clamp(0, 1)  # [4, C, H, W] in [0, 1]"""
+
+TEXT_TO_IMAGE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+images = pipeline("a prompt", num_inference_steps=50).images"""
+
+
+INTRODUCTION = "A diffusion model measured with Deffuse. Figures: `report.html`; all numbers: `report.json`."
+INTENDED_USE = """Research on what generative models give away about their training pictures, and synthetic data within the
+bounds that the measurements above support. Whoever passes the model or its images on decides, with the report at hand,
+whether the leakage is acceptable for the people in the pictures."""
+CLOSING = """Generations are not real pictures and must not be used to diagnose. Licence: not stated; the terms of the training
+data apply."""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        report: contents of report.json. ``model.classes`` (a number or a list of names), where there, makes the loading
+            example class-conditional.
+    """
+    extraction = (report["privacy"] or {}).get("extraction")
+    front = {"library_name": "diffusers", "tags": _tags(report, extraction)}
+    limits = "\n".join(f"- {_text(line)}" for line in wording.not_measured(report))
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
+        f"# {_text(report['run']['name'])}",
+        INTRODUCTION,
+        "## Training data\n\n" + _data(report["data"], report["model"] or {}),
+        "## Defenses and what they claim\n\n" + _defenses(report.get("defenses") or []),
+        "## Leakage and quality\n\n" + _leakage(report, extraction),
+        "## How to load\n\n" + _loading(report, extraction),
+        "## Intended use\n\n" + INTENDED_USE,
+        "## Limits\n\n" + limits,
+        CLOSING,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tags(report: dict[str, Any], extraction: dict[str, Any] | None) -> list[str]:
+    kind = "text-to-image" if extraction and extraction["protocol"] == "prompted" else "unconditional-image-generation"
+    if (report["model"] or {}).get("classes"):
+        kind = "class-conditional-image-generation"
+    names = [str(entry["name"]) for entry in report.get("defenses") or []]
+    return ["deffuse", "privacy", kind, *(f"defense:{name}" for name in names)]
+
+
+def _data(data: dict[str, Any], model: dict[str, Any]) -> str:
+    unit = f" from {data['units']:,} {_text(data['unit'])}s" if data.get("units") and data.get("unit") else ""
+    lines = [
+        f"- Source: `{_code(data['source'])}`",
+        f"- {data['train']:,} training records ({data['clusters']:,} distinct pictures){unit}; {data['heldout']:,} held "
+        f"out, {data['calibration']:,} for calibration, {data['rejected']:,} of {data['found']:,} rejected",
+        f"- Removed as copies before training: {wording.number(data['removed_by_dedup'])}",
+    ]
+    if model:
+        steps, seen = wording.number(model["steps"]), wording.number(model["images_seen"])
+        lines.append(
+            f"- Model: `{_code(model['family'])}`, {wording.number(model['parameters'])} parameters; optimizer steps: {steps}, "
+            f"images seen: {seen}"
+        )
+    return "\n".join(lines)
+
+
+def _defenses(defenses: list[dict[str, Any]]) -> str:
+    if not defenses:
+        return "None known."
+    return "\n".join(f"- **{_text(entry['name'])}**: {_claim(entry.get('claim') or {})}" for entry in defenses)
+
+
+def _claim(claim: dict[str, Any]) -> str:
+    if claim.get("kind") != "dp":
+        return f"{_text(claim.get('statement', 'nothing stated'))} (heuristic, no guarantee)"
+    text = (
+        f"differential privacy, epsilon {wording.number(claim.get('epsilon'))} at delta {wording.number(claim.get('delta'))} "
+        f"per {_text(claim.get('unit'))}, {_text(claim.get('adjacency'))} adjacency, "
+        f"accountant {_text(claim.get('accountant'))}"
+    )
+    not_covered = claim.get("not_covered")
+    return f"{text}. Not covered: {_text(wording.number(not_covered))}" if not_covered else text
+
+
+def _leakage(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
+    lines = [f"- {_text(sentence)}" for sentence in wording.verdict(report)["sentences"]]
+    if extraction:
+        lines.append(
+            f"- Attack: {extraction['protocol']}, tier {extraction['tier']}, {extraction['generations']:,} generations"
+        )
+    utility = report.get("utility")
+    if utility is None:
+        lines.append("- Quality: not measured")
+    else:
+        lines.append(
+            f"- Quality of the same checkpoint, against {utility['n_reference']:,} held-out pictures: "
+            f"{wording.distance_name(utility['features'])} {wording.number(utility['fid'])}, "
+            f"KID {wording.number(utility['kid'])}, precision {wording.number(utility['precision'])}, "
+            f"recall {wording.number(utility['recall'])}"
+        )
+    return "\n".join(lines)
+
+
+def _loading(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
+    if report["model"] is None:
+        return "There is no model here: only images that it generated were evaluated."
+    code = CLASS_CONDITIONAL if report["model"].get("classes") else UNCONDITIONAL
+    if extraction and extraction["protocol"] == "prompted":
+        code = TEXT_TO_IMAGE
+    return f"```python\n{code}\n```"
+
+
+def _text(value: Any) -> str:
+    """Plain text inside Markdown: no markup, no HTML, no line breaks of its own."""
+    text = re.sub(r"\s+", " ", str(value))
+    return re.sub(r"([\\`*_\[\]#|])", r"\\\1", text).replace("<", "&lt;")
+
+
+def _code(value: Any) -> str:
+    """Text inside a Markdown code span."""
+    return re.sub(r"\s+", " ", str(value)).replace("`", "'")

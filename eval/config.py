@@ -1,0 +1,64 @@
+"""The evaluation's sections of the configuration."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Literal
+
+from defenses.errors import UserError
+from eval.extraction import ExtractionConfig
+from eval.quality import UtilityConfig
+from eval.report import ReportConfig
+from train.sampling import SamplerConfig
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SamplerConfig):
+    """Section ``generate``: the images that are attacked and measured."""
+
+    count: int = 1024  # images of an unconditional or class-conditional model
+    prompts: str | None = None  # text file, a prompt a line, for text-to-image models; null: the training captions
+    max_prompts: int = 8  # prompts, those whose picture occurs most often first
+    per_prompt: int = 16  # images per prompt
+    precision: Literal["bf16", "fp32"] = "fp32"  # arithmetic of the network
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("count", "max_prompts", "per_prompt"):
+            if getattr(self, key) < 1:
+                raise UserError(f"generate.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+
+
+@dataclass(kw_only=True)
+class AttackConfig:
+    """Section ``attack``: null switches an attack off; its part of the report is then null."""
+
+    extraction: ExtractionConfig | None = field(default_factory=ExtractionConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "generate": GenerateConfig,
+    "attack": AttackConfig,
+    "utility": UtilityConfig,
+    "report": ReportConfig,
+}
+
+LOCAL_TRACKERS = {"tensorboard"}
+
+
+def check(config: SimpleNamespace) -> None:
+    """Rules across sections.
+
+    Raises:
+        UserError: a combination that must not run.
+    """
+    if not config.data.restricted:
+        return
+    remote = sorted(set(config.train.trackers) - LOCAL_TRACKERS)
+    if remote:
+        raise UserError(
+            "train.trackers",
+            f"{', '.join(remote)} may send data away, and data.restricted is true",
+            "use [tensorboard] or []",
+        )
+    if config.report.push_to_hub is not None:
+        raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")

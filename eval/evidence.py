@@ -1,0 +1,151 @@
+"""The pictures that a report shows, and those that it must not show."""
+
+import base64
+import csv
+import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COPY_L2 = 0.05  # l2 below which a displayed pair looks the same (Carlini et al. 2023, section 4.1)
+MOST_PIXELS, MOST_SIDE = 64_000_000, 256  # of a generation that is read; of what is shown
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row of attack/matches.csv: a generation and its nearest training picture."""
+
+    generation: str
+    record_id: str
+    l2: float | None
+    score: float | None  # adaptive score; None in the prompted protocol
+    clique: str
+    verified: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A generation beside the training picture it resembles, for display."""
+
+    match: Match
+    copies: int | None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_matches(path: Path) -> list[Match]:
+    """attack/matches.csv."""
+    return [
+        Match(
+            generation=row["generation"],
+            record_id=row["record_id"],
+            l2=_float(row["l2"]),
+            score=_float(row["adaptive_score"]),
+            clique=row.get("clique") or "",
+            verified=row["verified"] == "true",
+        )
+        for row in read_table(path)
+    ]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def choose_pairs(matches: Iterable[Match], copies: dict[str, int], most: int) -> tuple[list[Pair], list[Pair]]:
+    """The best generation of every verified picture, and the closest pairs that did not pass, closest first.
+
+    At most ``most`` verified ones; the others fill up to a quarter of ``most``, for comparison.
+    """
+    best: dict[tuple[bool, str], Match] = {}
+    for match in sorted(matches, key=_closeness):
+        best.setdefault((match.verified, match.record_id), match)
+    shown = {record_id for verified, record_id in best if verified}
+    verified = [match for (flag, _), match in best.items() if flag]
+    others = [match for (flag, record_id), match in best.items() if not flag and record_id not in shown]
+    pair = [[Pair(m, copies.get(m.record_id)) for m in group] for group in (verified, others)]
+    return pair[0][:most], pair[1][: max(1, most // 4) if most else 0]
+
+
+def harmless(match: Match | None, verify_l2: float) -> bool:
+    """Whether a generation may appear in the report of a restricted data set.
+
+    Not if it passed the attack, is a member of a clique, or is as close to a training picture as a copy; and not if it
+    was never compared.
+    """
+    if match is None or match.verified or match.clique:
+        return False
+    if match.score is not None:
+        return match.score > 1 and (match.l2 is None or match.l2 > COPY_L2)
+    return match.l2 is not None and match.l2 > verify_l2
+
+
+def generation_files(folder: Path) -> dict[str, Path]:
+    """Image files below ``folder`` by the name that matches.csv gives them, sorted: "000012.png", "00003/000012.png"."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def read_image(path: Path) -> np.ndarray | None:
+    """Picture for display, uint8 [C, H, W], grey or RGB, at most `MOST_SIDE` pixels wide; None if unreadable or huge.
+
+    Generations may come from somebody else, so the size is taken from the header before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # Pillow's remarks on odd files
+            if image.width * image.height > MOST_PIXELS:
+                return None
+            image = image if image.mode == "L" else image.convert("RGB")
+            image.thumbnail((MOST_SIDE, MOST_SIDE))
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def encode(images: Sequence[np.ndarray], budget_bytes: int) -> list[str]:
+    """PNG data URIs of uint8 [C, H, W] pictures, shrunk together until they fit into ``budget_bytes``."""
+    side = min(MOST_SIDE, max((max(image.shape[1:]) for image in images), default=1))
+    while True:
+        uris = [_data_uri(image, side) for image in images]
+        if sum(map(len, uris)) <= budget_bytes or side <= 8:
+            return uris
+        side = int(side * min(0.9, 0.97 * (budget_bytes / sum(map(len, uris))) ** 0.5))
+
+
+def _data_uri(image: np.ndarray, side: int) -> str:
+    picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    if max(picture.size) > side:
+        picture.thumbnail((side, side), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _closeness(match: Match) -> tuple[float, float, str]:
+    infinity = float("inf")
+    score = infinity if match.score is None else match.score
+    return score, infinity if match.l2 is None else match.l2, match.generation
+
+
+def _float(text: str | None) -> float | None:
+    return float(text) if text else None

@@ -1,0 +1,153 @@
+"""The report's figures: SVG data URIs, drawn once for light and once for dark pages."""
+
+import base64
+import io
+from collections.abc import Callable
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from eval.evidence import Match
+from eval.wording import percent
+
+# text, grid, first and second series; the series differ in lightness too, for prints and colour-blind readers
+LIGHT = {"text": "#3b4754", "grid": "#dde3e9", "first": "#0b6e99", "second": "#c2571a"}
+DARK = {"text": "#b6c2cf", "grid": "#323c47", "first": "#58b7e0", "second": "#f0a35e"}
+
+Themed = dict[str, str]  # "light" and "dark": data URI
+
+
+def training_curves(rows: list[dict[str, float]]) -> Themed | None:
+    """Training and held-out loss over optimizer steps; None without rows."""
+    series = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in ("loss", "heldout_loss")
+    }
+    if not series["loss"]:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        steps, losses = np.array(series["loss"], dtype=float).T
+        axes.plot(steps, losses, color=colours["first"], alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _running_mean(losses), color=colours["first"], label="training (running mean)")
+        if series["heldout_loss"]:
+            steps, losses = np.array(series["heldout_loss"], dtype=float).T
+            axes.plot(
+                steps, losses, color=colours["second"], marker="o", markersize=3, linestyle="--", label="held-out"
+            )
+        axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _legend(axes, colours)
+
+    return _render(draw)
+
+
+def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
+    """Adaptive score (or l2 where there is none) of every generation, with the threshold; None without matches."""
+    scored = any(match.score is not None for match in matches)
+    values = np.array([v for m in matches if (v := m.score if scored else m.l2) is not None], dtype=float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    threshold = 1.0 if scored else verify_l2
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        bins = np.linspace(0, max(values.max(), threshold) * 1.02, 61)
+        tallest = axes.hist(values[values > threshold], bins, color=colours["first"], label="above the threshold")[
+            0
+        ].max()
+        tallest = max(
+            tallest, axes.hist(values[values <= threshold], bins, color=colours["second"], label="below")[0].max()
+        )
+        axes.axvline(threshold, color=colours["text"], linestyle=":")
+        label = "adaptive score to the nearest training picture" if scored else "l2 to the nearest training picture"
+        axes.set(xlabel=label, ylabel="generations", xlim=(0, None), ylim=(0, None))
+        if tallest > 50:  # a few copies among many generations: keep them visible
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        else:
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        _legend(axes, colours)
+
+    return _render(draw)
+
+
+def copies_bars(by_copies: dict[str, dict[str, int]]) -> Themed | None:
+    """Share of distinct pictures extracted, by the number of their copies in the training split."""
+    rows = sorted((int(copies), row["pictures"], row["verified"]) for copies, row in by_copies.items())
+    rows = _grouped([row for row in rows if row[1]])
+    if not rows:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        shares = [verified / pictures for _, pictures, verified in rows]
+        axes.bar(range(len(rows)), shares, color=colours["second"], width=0.6)
+        for x, (_, pictures, verified) in enumerate(rows):
+            axes.annotate(f"{verified}/{pictures}", (x, shares[x]), ha="center", va="bottom", color=colours["text"])
+        axes.set_xticks(range(len(rows)), [name for name, _, _ in rows])
+        axes.set(xlabel="copies of the picture in the training split", ylabel="share extracted", ylim=(0, 1.15))
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
+
+    return _render(draw)
+
+
+def _grouped(rows: list[tuple[int, int, int]], most: int = 8) -> list[tuple[str, int, int]]:
+    """Rows (copies, pictures, verified) joined into at most ``most`` neighbouring ranges of copies."""
+    groups = [list(part) for part in np.array_split(np.arange(len(rows)), min(most, len(rows)))] if rows else []
+    joined = []
+    for group in groups:
+        low, high = rows[group[0]][0], rows[group[-1]][0]
+        name = str(low) if low == high else f"{low}\N{EN DASH}{high}"
+        joined.append((name, sum(rows[i][1] for i in group), sum(rows[i][2] for i in group)))
+    return joined
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    window = max(1, len(values) // 50)
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    start = np.maximum(np.arange(len(values)) - window + 1, 0)
+    return (sums[1:] - sums[start]) / (np.arange(len(values)) + 1 - start)
+
+
+def _legend(axes: Axes, colours: dict[str, str]) -> None:
+    axes.legend(
+        frameon=False, labelcolor=colours["text"], loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0
+    )
+
+
+def _render(draw: Callable[[Axes, dict[str, str]], None]) -> Themed:
+    """Draws once; the dark version is the same SVG in other colours."""
+    light = _svg(draw, LIGHT)
+    dark = light
+    for name, colour in LIGHT.items():
+        dark = dark.replace(colour, DARK[name])
+    return {"light": _data_uri(light), "dark": _data_uri(dark)}
+
+
+def _svg(draw: Callable[[Axes, dict[str, str]], None], colours: dict[str, str]) -> str:
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "deffuse", "font.family": "sans-serif", "font.size": 11}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes, colours)
+        for side, spine in axes.spines.items():
+            spine.set(visible=side in ("left", "bottom"), color=colours["grid"])
+        axes.tick_params(which="both", color=colours["grid"], labelcolor=colours["text"])
+        axes.xaxis.label.set_color(colours["text"])
+        axes.yaxis.label.set_color(colours["text"])
+        axes.grid(axis="y", color=colours["grid"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,174 @@
+"""The prompted protocol (Carlini et al. 2023, section 4.2): generations of one prompt that agree with each other.
+
+Training pictures are looked at only after the candidates are chosen.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from defenses.exact import centred, l2_of, squared_differences
+from defenses.neighbours import VIEWS, Neighbours, search, search_sharded
+from eval.cliques import largest_clique
+from eval.control import Rule, control
+from eval.extraction import Extraction, ExtractionConfig, at_l2, best_matches, counts, match_rows, tier_of
+from eval.pictures import Pictures
+from train.ranks import together
+
+_GRID = 4  # tiles along each side: 16 tiles, as in the paper
+
+Images = np.ndarray | Callable[[], np.ndarray]  # uint8 [N, C, H, W], or what reads them
+
+
+@dataclass
+class _Prompt:
+    """What one prompt gave; plain data, sent between ranks."""
+
+    index: int
+    row: dict[str, Any]  # of cliques.csv
+    matches: list[dict[str, Any]]
+    medoid: int
+    image: np.ndarray | None  # uint8 [C, H, W], the candidate; None unless flagged
+    best: np.ndarray  # float64 [P], l2 of each training picture to its nearest generation
+
+
+def prompted(
+    prompts: Iterable[tuple[str, Sequence[str], Images]],
+    training: Pictures,
+    heldout: Pictures | None,
+    config: ExtractionConfig,
+    accelerator: Any = None,
+    *,
+    exchangeable: bool,
+    seed: int,
+) -> Extraction:
+    """Flags prompts by the largest clique of their generations and verifies one candidate of each, on all ranks.
+
+    Args:
+        prompts: name, names of the generations, and their images (or a function that reads them: only the rank that works
+            on the prompt calls it, so that one prompt at a time is in memory).
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+    def work() -> list[_Prompt]:
+        return [
+            _attack(index, *prompt, training, config, accelerator.device if accelerator else "cpu")
+            for index, prompt in enumerate(prompts)
+            if index % world == rank
+        ]
+
+    results = work() if world == 1 else gather_object(together(accelerator, work))
+    results.sort(key=lambda result: result.index)
+    flagged = sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
+    candidates = (
+        np.stack([r.image for r in flagged]) if flagged else np.zeros((0, *training.images.shape[1:]), np.uint8)
+    )
+    rule = Rule(1, lambda distance: distance[:, 0].astype(np.float64) / config.verify_l2)
+    found = search_sharded(candidates, training.images, training.picture, 1, accelerator=accelerator)
+    for result, passed in zip(flagged, rule.passed(found.distinct), strict=True):
+        result.row["verified"] = result.matches[result.medoid]["verified"] = bool(passed)
+    matches = [match for result in results for match in result.matches]
+    verified = rule.verified(found.distinct)
+    variants = {"identity_view": rule.verified(found.identity), "paper_rule": rule.verified(found.records)}
+    sizes = [result.row["generations"] for result in results]
+    report = {
+        "protocol": "prompted",
+        "tier": tier_of(sum(sizes), len(sizes), min(sizes, default=0)),
+        "settings": _settings(config, results),
+        "generations": sum(sizes),
+        "prompts": len(sizes),
+        "candidates": len(flagged),
+        **counts(training, verified, variants, seed),
+        "at_l2": at_l2(np.min([r.best for r in results], axis=0) if results else np.full(len(training.ids), np.inf)),
+        "control": control(
+            candidates, training, heldout, rule, accelerator,
+            exchangeable=exchangeable, permutations=config.permutations, seed=seed,
+        ),
+        "by_copies": training.by_copies(verified),
+    }  # fmt: skip
+    rest = [result for result in results if not result.row["flagged"]]
+    return Extraction(report, matches, best_matches(matches, training), [result.row for result in flagged + rest])
+
+
+def tiled_l2(images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+    """Largest l2 over 4 x 4 tiles of every pair of images, float64 [N, N] (Carlini et al. 2023, section 4.2).
+
+    Two pictures that share a flat background are close in plain l2, but not in the tile that differs. Sides that 4 does
+    not divide are cut as `numpy.array_split` does; sides below 4 have fewer tiles.
+    """
+    largest = np.zeros((len(images), len(images)))
+    height, width = (np.array_split(np.arange(side), min(_GRID, side)) for side in images.shape[-2:])
+    for y in height:
+        for x in width:
+            tile = centred(images[..., y[0] : y[-1] + 1, x[0] : x[-1] + 1], device)
+            squared = squared_differences(tile, tile).cpu().numpy()
+            largest = np.maximum(largest, l2_of(squared, tile.shape[1]))
+    return largest
+
+
+def clique_size(config: ExtractionConfig, generations: int) -> int:
+    """Generations in a clique that flags a prompt: 10, or fewer for fewer than 100 generations (design: max(4, N/10))."""
+    if config.clique_size is not None:
+        return config.clique_size
+    return 10 if generations >= 100 else max(4, math.ceil(generations / 10))
+
+
+def _attack(
+    index: int,
+    prompt: str,
+    names: Sequence[str],
+    images: Images,
+    training: Pictures,
+    config: ExtractionConfig,
+    device: Any,
+) -> _Prompt:
+    images = images() if callable(images) else images
+    distance = tiled_l2(images, device)
+    joined = distance <= config.edge_threshold
+    clique = largest_clique(joined, seconds=config.clique_seconds)
+    inside = distance[np.ix_(clique.nodes, clique.nodes)]
+    medoid = clique.nodes[int(inside.sum(axis=1).argmin())]  # the lowest of equals
+    size = len(clique.nodes)
+    flagged = size >= clique_size(config, len(images))
+    result = search(images, training.images, training.picture, 1, device=device)
+    found: Neighbours = result.distinct
+    matches = match_rows(names, training, found, None, np.zeros(len(images), dtype=bool))
+    for node in clique.nodes if flagged else []:
+        matches[node]["clique"] = prompt
+    row = {
+        "prompt": prompt,
+        "generations": len(images),
+        "edges": (int(joined.sum()) - len(images)) // 2,
+        "clique_size": size,
+        "flagged": flagged,
+        "exact": clique.exact,
+        "mean_distance": float(inside.sum() / (size * (size - 1))) if size > 1 else None,
+        "medoid": names[medoid] if flagged else None,
+        "record_id": matches[medoid]["record_id"] if flagged else None,
+        "l2": matches[medoid]["l2"] if flagged else None,
+        "verified": False,
+    }
+    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None, result.best_distance)
+
+
+def _settings(config: ExtractionConfig, results: list[_Prompt]) -> dict[str, Any]:
+    sizes = [result.row["generations"] for result in results]
+    least = sorted({clique_size(config, size) for size in sizes})
+    return {
+        "edge_threshold": config.edge_threshold,
+        "tiles": f"{_GRID}x{_GRID}",
+        "clique_size": least[0] if len(least) == 1 else least,
+        "clique_seconds": config.clique_seconds,
+        "inexact_cliques": sum(not result.row["exact"] for result in results),
+        "generations_per_prompt": [min(sizes, default=0), max(sizes, default=0)],
+        "verify_l2": config.verify_l2,
+        "views": list(VIEWS),
+        "alpha": None,
+        "n": None,
+        "permutations": config.permutations,
+    }

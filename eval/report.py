@@ -1,0 +1,169 @@
+"""report.html and MODEL_CARD.md from report.json and the run directory; one process calls it, their only writer."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from defenses.errors import UserError
+from eval import evidence, plots, wording
+from eval.card import model_card
+from train.files import atomic
+
+BUDGET_BYTES = 550_000  # of encoded pictures in the pairs, and again in the grid: the page stays below 2 MB
+VERIFY_L2 = 0.15  # of the prompted protocol (Carlini et al. 2023, section 4.2), where the report does not say
+
+Images = Callable[[str], np.ndarray]  # record_id -> uint8 [C, H, W]
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Section ``report``."""
+
+    pairs: int = 24  # extracted pictures shown beside their generation, at most; 0: none
+    grid: int = 64  # generations in the sample grid, at most; 0: none
+    push_to_hub: str | None = (
+        None  # owner/name to upload the model and its card to when all is done; null: nothing leaves
+    )
+
+    def __post_init__(self):
+        for key in ("pairs", "grid"):
+            if getattr(self, key) < 0:
+                raise UserError(f"report.{key}", f"{getattr(self, key)} is negative", "take 0 for none, or more")
+
+
+def render(
+    run_dir: Path,
+    report: dict[str, Any],
+    *,
+    images: Images,
+    restricted: bool,
+    config: ReportConfig,
+    generations: Path | None = None,
+    trained_in: Path | None = None,
+) -> None:
+    """Writes ``report.html`` (one file, no scripts, opens offline) and ``MODEL_CARD.md`` into ``run_dir``.
+
+    Args:
+        run_dir: holds ``attack/``; a file that is not there leaves its part of the page out.
+        report: contents of report.json.
+        images: training picture of a record; never called where ``restricted``.
+        restricted: ``data.restricted``: neither a training picture nor a generation that resembles one is shown.
+        generations: folder of the generated images; None: ``run_dir/generations``.
+        trained_in: directory with ``metrics.jsonl`` and ``manifest.csv``; None: ``run_dir``.
+    """
+    extraction = (report["privacy"] or {}).get("extraction")
+    matches = evidence.read_matches(run_dir / "attack" / "matches.csv")
+    manifest = evidence.read_table((trained_in or run_dir) / "manifest.csv")
+    files = evidence.generation_files(generations or run_dir / "generations")
+    verify_l2 = float(((extraction or {}).get("settings") or {}).get("verify_l2", VERIFY_L2))
+    page = _template().render(
+        **_texts(report, extraction),
+        **_pairs(matches, manifest, files, images, restricted, config.pairs),
+        **_grid(matches, files, restricted, verify_l2, config.grid),
+        restricted=restricted,
+        cliques=_cliques(run_dir, restricted),
+        curves=plots.training_curves(evidence.read_metrics((trained_in or run_dir) / "metrics.jsonl")),
+        histogram=plots.match_histogram(matches, verify_l2),
+        copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
+    )
+    for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
+        with atomic(run_dir / name) as file:
+            file.write(text)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": wording.number,
+        "percent": wording.percent,
+        "duration": wording.duration,
+        "size": wording.size,
+        "fixed": wording.fixed,
+        "json": functools.partial(json.dumps, ensure_ascii=False),
+    }
+    return environment.get_template("report.html.j2")
+
+
+def _texts(report: dict[str, Any], extraction: dict[str, Any] | None) -> dict[str, Any]:
+    """Context that comes from report.json alone."""
+    utility, pictures = report.get("utility") or {}, wording.distinct_pictures(report)
+    return {
+        "report": report,
+        "extraction": extraction,
+        "pictures": pictures,
+        "zero_hits": wording.zero_hits((extraction or {}).get("rate_ci95"), pictures),
+        "verdict": wording.verdict(report),
+        "not_measured": wording.not_measured(report),
+        "distance_name": wording.distance_name(utility.get("features")),
+        "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
+        "settings": wording.flatten((extraction or {}).get("settings") or {}),
+        "fields": wording.flatten(report),
+        "defenses": [_defense(entry) for entry in report.get("defenses") or []],
+    }
+
+
+def _pairs(
+    matches: list[evidence.Match],
+    manifest: list[dict[str, str]],
+    files: dict[str, Path],
+    images: Images,
+    restricted: bool,
+    most: int,
+) -> dict[str, Any]:
+    """Context ``verified`` and ``closest``: lists of {pair, generation, training}, the last two as data URIs or None."""
+    copies = {row["record_id"]: int(row["copies"]) for row in manifest if row.get("copies", "").isdigit()}
+    groups = evidence.choose_pairs(matches, copies, most)
+    if restricted:
+        return {"verified": [{"pair": pair} for pair in groups[0]], "closest": []}
+    shown = [pair for group in groups for pair in group]
+    paths = [files.get(pair.match.generation) for pair in shown]
+    generated = [evidence.read_image(path) if path else None for path in paths]
+    training = [images(pair.match.record_id) for pair in shown]
+    uris = iter(evidence.encode([image for image in generated + training if image is not None], BUDGET_BYTES))
+    columns = [[None if image is None else next(uris) for image in column] for column in (generated, training)]
+    rows = [{"pair": pair, "generation": g, "training": t} for pair, g, t in zip(shown, *columns, strict=True)]
+    return {"verified": rows[: len(groups[0])], "closest": rows[len(groups[0]) :]}
+
+
+def _grid(
+    matches: list[evidence.Match], files: dict[str, Path], restricted: bool, verify_l2: float, most: int
+) -> dict[str, Any]:
+    """Context ``grid`` (data URIs of the first generations) and ``grid_hidden`` (how many of them were withheld)."""
+    by_name = {match.generation: match for match in matches}
+    first = list(islice(files.items(), most))
+    allowed = [path for name, path in first if not restricted or evidence.harmless(by_name.get(name), verify_l2)]
+    pictures = [image for path in allowed if (image := evidence.read_image(path)) is not None]
+    return {"grid": evidence.encode(pictures, BUDGET_BYTES), "grid_hidden": len(first) - len(allowed)}
+
+
+def _defense(entry: dict[str, Any]) -> dict[str, Any]:
+    """A row of ``defenses`` with its settings and its claim as (key, text) rows."""
+    claim = entry.get("claim") or {}
+    details = [(key, value) for key, value in claim.items() if key not in ("kind", "statement")]
+    return {
+        "name": entry["name"],
+        "settings": wording.flatten(entry.get("settings") or {}),
+        "kind": claim.get("kind"),
+        "statement": claim.get("statement"),
+        "details": details,
+    }
+
+
+def _cliques(run_dir: Path, restricted: bool, most: int = 50) -> list[dict[str, str]]:
+    """Flagged prompts, in the order of their rank. Prompts of a restricted data set are its captions: numbered instead."""
+    rows = [row for row in evidence.read_table(run_dir / "attack" / "cliques.csv") if row["flagged"] == "true"]
+    rows = sorted(rows, key=lambda row: float(row["mean_distance"] or "inf"))[:most]
+    return [row | {"prompt": f"prompt {rank}"} if restricted else row for rank, row in enumerate(rows, 1)]

@@ -1,0 +1,117 @@
+"""Evaluation alone: of a finished run, of any diffusers pipeline, or of images that somebody else generated.
+
+accelerate launch eval/run.py run_dir=RUN_DIR [key=value ...]
+accelerate launch eval/run.py pipeline=PIPELINE_DIR data.source=... [data.heldout_source=...] [key=value ...]
+accelerate launch eval/run.py generations=DIR data.source=... [data.heldout_source=...] [key=value ...]
+"""
+
+import os
+import sys
+
+if not __package__:  # `accelerate launch eval/run.py` puts eval/ first on the path, not the repository
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    __import__("train.cli").cli.check_libraries()  # before diffusers is imported, which fails unclearly
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from omegaconf import DictConfig
+
+from defenses.errors import UserError
+from eval.config import SECTIONS as EVAL_SECTIONS
+from eval.config import check
+from eval.stage import Target, evaluate, target_of
+from train import cli
+from train import config as configuration
+from train.data import prepare, write_manifest
+from train.runlog import RunConfig, RunDirectory
+
+TARGETS = ("run_dir", "pipeline", "generations")
+
+
+def main(arguments: cli.Arguments) -> int:
+    """Evaluates one target; returns the exit status."""
+    targets = {name: None for name in TARGETS}
+    sections = {**configuration.SECTIONS, **EVAL_SECTIONS, **targets}
+    given = [text.partition("=")[0] for text in arguments.overrides]
+    chosen = [name for name in TARGETS if name in given]
+    if len(chosen) != 1:
+        raise UserError("run_dir", f"{len(chosen)} of {', '.join(TARGETS)} are given", "give exactly one of them")
+    tree = configuration.load(sections, base_file(arguments, chosen[0]), overrides_of(arguments, chosen[0]))
+    config = configuration.objects(tree)
+    check(config)
+    accelerator = cli.start(config)
+    if chosen[0] == "run_dir":
+        return evaluate_run(tree, config, accelerator)
+    return evaluate_foreign(tree, config, accelerator)
+
+
+def base_file(arguments: cli.Arguments, target: str) -> Path | None:
+    """The run's own configuration, or the file given."""
+    if target != "run_dir":
+        return arguments.config
+    if arguments.config is not None:
+        raise UserError("--config", "is not used with run_dir", "the run's own config.yaml is; override single keys")
+    folder = Path(next(text.partition("=")[2] for text in arguments.overrides if text.startswith("run_dir=")))
+    if not (folder / "config.yaml").is_file():
+        raise UserError("run_dir", f"{folder} holds no config.yaml", "give the directory of a run")
+    return folder / "config.yaml"
+
+
+def overrides_of(arguments: cli.Arguments, target: str) -> list[str]:
+    """A second evaluation has a name of its own, and trains nothing."""
+    if target != "run_dir":
+        return [f"run.name=eval-{target}", "data.source=???", *arguments.overrides]
+    keys = [text.partition("=")[0] for text in arguments.overrides]
+    fixed = [
+        key for key in keys if key.split(".")[0] in ("data", "model", "train", "defenses") and key != "data.restricted"
+    ]
+    if fixed:
+        raise UserError(
+            fixed[0],
+            "cannot be changed after training",
+            "only run.*, generate.*, attack.*, utility.*, report.*, data.restricted",
+        )
+    return ["run.name=again", *arguments.overrides]
+
+
+def evaluate_run(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:
+    """Into RUN_DIR/eval/<run.name>/, never over the run's own report."""
+    folder = Path(config.run_dir).resolve()
+    directory = RunDirectory(RunConfig(name=folder.name, output_dir=str(folder.parent)))
+    if not directory.report.exists() and not (directory.model / "model_index.json").exists():
+        raise UserError("run_dir", f"{folder} has no trained model yet", "finish the run first: give its command again")
+    output = RunDirectory(RunConfig(name=config.run.name, output_dir=str(folder / "eval")))
+    output.open(tree, cli.command_line())
+    accelerator.wait_for_everyone()
+    return finish(output, accelerator, lambda: target_of(directory, output, config), config)
+
+
+def evaluate_foreign(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:
+    """Into <run.output_dir>/<run.name>/. Every record of data.source counts as trained on."""
+    output = RunDirectory(config.run)
+    output.open(tree, cli.command_line())
+    accelerator.wait_for_everyone()
+
+    def target() -> Target:
+        dataset = prepare(config.data, output.prepared, accelerator, all_train=True)
+        if accelerator.is_main_process:
+            write_manifest(dataset, output.manifest)
+        pipeline = None if config.pipeline is None else Path(config.pipeline)
+        return Target(output, dataset, pipeline, output.generations if pipeline else Path(config.generations))
+
+    return finish(output, accelerator, target, config)
+
+
+def finish(output: RunDirectory, accelerator, target, config: SimpleNamespace) -> int:
+    """Evaluates unless that is done already."""
+    if output.report.exists():
+        accelerator.print(f"all done: {output.path / 'report.html'}")
+        return 0
+    evaluate(target(), config, accelerator)
+    accelerator.print(f"report: {output.path / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parse(__doc__))

@@ -1,0 +1,269 @@
+"""Images of a saved pipeline: one file per sample index, the same for any number of processes, resumable."""
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, UNet2DModel
+from PIL import Image
+from tqdm import tqdm
+
+from defenses.base import Defense
+from defenses.errors import UserError
+from defenses.seeding import derive, generator
+from eval.config import GenerateConfig
+from train.data import Dataset
+from train.files import atomic, write_csv
+from train.images import Rejected, decode
+from train.models import memory_format
+from train.sampling import blocks, class_of_sample, sample, to_pil, to_uint8
+from train.stage import SIDECAR
+
+Draw = Callable[
+    [Sequence[int], Sequence[Any] | None], torch.Tensor
+]  # (indices, classes or prompts) -> [n, C, H, W] in [0, 1]
+
+
+@dataclass
+class Source:
+    """A loaded pipeline. ``protocol`` is "prompted" for text-to-image models, else "untargeted"."""
+
+    protocol: str
+    draw: Draw
+    class_frequency: np.ndarray  # int64 [classes]; empty for unconditional models
+    facts: dict[str, Any]  # the part `model` of report.json
+
+
+def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device) -> Source:
+    """Loads a pipeline saved in diffusers' format, by us or by others: safetensors only, no remote code, no network.
+
+    Args:
+        shape: (C, H, W) that the attack compares; other sizes are resized to it.
+
+    Raises:
+        UserError: it is no such folder, or a kind of pipeline that cannot be sampled here.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise UserError(
+            "pipeline", f"{folder}: {reason}", "it must load with DiffusionPipeline.from_pretrained"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    parameters = sum(
+        p.numel()
+        for part in pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+        for p in part.parameters()
+    )
+    facts = {"family": type(pipeline).__name__, "parameters": parameters}
+    facts |= {"trainable_parameters": None, "steps": None, "images_seen": None, "classes": None}
+    if isinstance(getattr(pipeline, "unet", None), UNet2DModel) and not hasattr(pipeline, "vqvae"):
+        return _pixel_source(folder, pipeline, config, seed, shape, facts)
+    return _pipeline_source(pipeline, config, seed, shape, facts)
+
+
+def _pixel_source(
+    folder: Path, pipeline, config: GenerateConfig, seed: int, shape: tuple[int, int, int], facts: dict
+) -> Source:
+    model = pipeline.unet.eval().to(memory_format=memory_format(pipeline.device))
+    classes, size = model.config.num_class_embeds or 0, model.config.sample_size or shape[1]
+    size = size if isinstance(size, int) else size[0]
+    own = (model.config.in_channels, size, size)
+    schedule = pipeline.scheduler.config
+    sidecar = folder / SIDECAR
+    known = json.loads(sidecar.read_text()) if sidecar.exists() else {}
+    frequency = np.array(known.get("class_frequency") or [1] * classes, dtype=np.int64)
+
+    def draw(indices: Sequence[int], labels: Sequence[int] | None) -> torch.Tensor:
+        chosen = None if labels is None else torch.as_tensor(labels)
+        images = sample(model, schedule, config, indices, own, seed=seed, labels=chosen, precision=config.precision)
+        return _fit(images, shape)
+
+    names = ("family", "parameters", "trainable_parameters", "steps", "images_seen", "classes")
+    return Source(
+        "untargeted", draw, frequency[:classes], {**facts, **{name: known[name] for name in names if name in known}}
+    )
+
+
+def _pipeline_source(pipeline, config: GenerateConfig, seed: int, shape: tuple[int, int, int], facts: dict) -> Source:
+    """Any other pipeline, called as its user would call it, one generator per image."""
+    prompted = hasattr(pipeline, "tokenizer")
+
+    def draw(indices: Sequence[int], prompts: Sequence[str] | None) -> torch.Tensor:
+        generators = [
+            generator(seed, "sample", *((derive(0, prompts[k]),) if prompts else ()), int(i))
+            for k, i in enumerate(indices)
+        ]
+        options = {"prompt": list(prompts)} if prompts else {"batch_size": len(generators)}
+        context = (
+            torch.autocast(pipeline.device.type, torch.bfloat16)
+            if config.precision == "bf16"
+            else contextlib.nullcontext()
+        )
+        with torch.no_grad(), context:
+            images = pipeline(
+                **options, generator=generators, num_inference_steps=config.steps, output_type="np"
+            ).images
+        return _fit(torch.from_numpy(np.asarray(images, dtype=np.float32)).movedim(-1, 1), shape)
+
+    return Source("prompted" if prompted else "untargeted", draw, np.zeros(0, dtype=np.int64), facts)
+
+
+def _fit(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Resizes and converts float32 [n, c, h, w] in [0, 1] to [n, C, H, W] as the data were."""
+    if images.shape[1] != shape[0]:
+        luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        images = (images * luma).sum(1, keepdim=True) if shape[0] == 1 else images.expand(-1, 3, -1, -1)
+    if tuple(images.shape[2:]) != shape[1:]:
+        images = torch.nn.functional.interpolate(images, shape[1:], mode="bicubic", antialias=True).clamp(0, 1)
+    return images
+
+
+def wrap(source: Source, defenses: list[Defense]) -> None:
+    """Seam 6: lets the defenses stand between the model and its user."""
+    for defense in defenses:
+        source.draw = defense.wrap_sampler(source.draw)
+
+
+def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:
+    """Prompts of a text-to-image model: a file's lines, else training captions, those of the most copied pictures first."""
+    if config.prompts is not None:
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "generate.prompts", f"{config.prompts}: {error}", "give a text file, a prompt a line"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+    else:
+        records = [dataset.records[row] for row in dataset.rows("train")]
+        found = [record.caption for record in sorted(records, key=lambda r: (-r.copies, r.source)) if record.caption]
+    distinct = list(dict.fromkeys(found))
+    if not distinct:
+        raise UserError("generate.prompts", "there is no prompt", "set data.caption_key, or give a file of prompts")
+    return distinct[: config.max_prompts]
+
+
+def generate(
+    source: Source, folder: Path, config: GenerateConfig, prompts: list[str], seed: int, accelerator: Accelerator
+) -> None:
+    """Draws what is not there yet: ``folder/000000.png``, or ``folder/00000/000.png`` per prompt, and ``folder/index.csv``."""
+    groups = prompts or [None]
+    count = config.per_prompt if prompts else config.count
+    work = [(number, block) for number in range(len(groups)) for block in blocks(count, config.batch_size, 0, 1)]
+    mine = work[accelerator.process_index :: accelerator.num_processes]
+    for number, block in tqdm(mine, desc="generate", unit="batch", disable=not accelerator.is_main_process):
+        files = [_file(folder, number if prompts else None, index) for index in block]
+        if all(file.exists() for file in files):
+            continue
+        conditions = None
+        if prompts:
+            conditions = [groups[number]] * len(block)
+        elif len(source.class_frequency):
+            conditions = class_of_sample(block, source.class_frequency, seed)
+        for file, image in zip(files, to_uint8(source.draw(list(block), conditions)), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(file, "wb") as handle:
+                to_pil(image).save(handle, format="PNG")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_csv(
+            folder / "index.csv", ["file", "index", "seed", "condition"], _index(source, folder, groups, count, seed)
+        )
+    accelerator.wait_for_everyone()
+
+
+def _file(folder: Path, prompt: int | None, index: int) -> Path:
+    return folder / f"{index:06d}.png" if prompt is None else folder / f"{prompt:05d}" / f"{index:06d}.png"
+
+
+def _index(source: Source, folder: Path, groups: list, count: int, seed: int):
+    for number, prompt in enumerate(groups):
+        for index in range(count):
+            condition = prompt
+            if prompt is None and len(source.class_frequency):
+                condition = int(class_of_sample([index], source.class_frequency, seed)[0])
+            file = _file(folder, None if prompt is None else number, index)
+            yield {"file": str(file.relative_to(folder)), "index": index, "seed": seed, "condition": condition}
+
+
+@dataclass
+class Generations:
+    """Image files to attack: one group per prompt, or a single unnamed group."""
+
+    folder: Path
+    groups: list[tuple[str, list[str]]]  # (sub-folder or "", file names relative to `folder`)
+    rejected: dict[str, str]  # file -> reason
+
+    @property
+    def prompted(self) -> bool:
+        return self.groups[0][0] != ""
+
+    def read(self, names: Sequence[str], image_size: int, channels: int) -> np.ndarray:
+        """uint8 [n, C, S, S]."""
+        return np.stack([_read(self.folder / name, image_size, channels) for name in names])
+
+
+def find(folder: Path, image_size: int, channels: int) -> Generations:
+    """Images in ``folder`` (untargeted), or in its sub-folders, one per prompt (prompted). Unreadable files are listed.
+
+    Raises:
+        UserError: no usable image.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            "generations", f"{folder} is no folder", "give a folder of images, or of one sub-folder per prompt"
+        )
+    flat = sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.suffix not in (".csv", ".json", ".txt")
+    )
+    nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if flat and nested:
+        raise UserError(
+            "generations",
+            f"{folder} holds both images and sub-folders",
+            "images (untargeted) or a sub-folder per prompt, not both",
+        )
+    rejected: dict[str, str] = {}
+    groups = []
+    for name, files in (
+        [("", flat)] if flat else [(p.name, sorted(f for f in p.iterdir() if f.is_file())) for p in nested]
+    ):
+        usable = []
+        for file in files:
+            relative = str(file.relative_to(folder))
+            try:
+                _read(file, image_size, channels)
+                usable.append(relative)
+            except Rejected as reason:
+                rejected[relative] = str(reason)
+        if usable:
+            groups.append((name, usable))
+    if not groups:
+        raise UserError("generations", f"{folder} holds no usable image", next(iter(rejected.values()), "it is empty"))
+    return Generations(folder, groups, rejected)
+
+
+def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
+    if file.suffix == ".png":  # our own files, and any that need no conversion, without the general decoder
+        with contextlib.suppress(Exception), Image.open(file) as image:
+            plain = image.size == (image_size, image_size) and not getattr(image, "is_animated", False)
+            if plain and image.mode == ("L" if channels == 1 else "RGB"):
+                pixels = np.asarray(image)
+                return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return decode(
+        file.read_bytes(), image_size=image_size, channels=channels, max_pixels=64_000_000, bit_depth=None
+    ).pixels

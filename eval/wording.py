@@ -1,0 +1,204 @@
+"""report.json in words: numbers as people read them, the verdict, and what was not measured."""
+
+from typing import Any
+
+THIN = "\N{NARROW NO-BREAK SPACE}"
+
+# Generations that a tier needs (facts of Carlini et al. 2023, sections 4.2 and 5.1, scaled down): untargeted, prompted.
+TIERS = {
+    "smoke": ("256", "8 prompts with 16 each"),
+    "small": ("8,192", "200 prompts with 64 each"),
+    "standard": ("65,536", "1,000 prompts with 500 each"),
+    "paper": ("16 models with 65,536 each", "350,000 prompts with 500 each"),
+}
+
+NOT_MEASURED = {
+    "privacy.extraction": "Extraction was not measured: whether generating many pictures brings out training pictures.",
+    "privacy.membership": "Membership was not measured: whether a holder of a picture can tell that it was trained on.",
+    "privacy.inpainting": "Inpainting was not measured: whether a hidden part of a training picture can be reconstructed.",
+    "privacy.canaries": "Canaries were not planted: how strongly planted random pictures are memorised is unknown.",
+    "privacy.audit": "No audit: there is no empirical lower bound on epsilon to hold against a claimed guarantee.",
+    "utility": "Utility was not measured: how close the generations are to held-out pictures.",
+    "utility.downstream": "Downstream use was not measured: whether the generations serve a task, such as a classifier.",
+}
+
+FEATURES = {
+    "random-conv": "fixed random convolutions (offline; compares runs of this program only, not Inception)",
+    "inception": "Inception-v3 (ImageNet)",
+    "dinov2": "DINOv2 class token",
+}
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A value for a table: thousands separated, floats to ``digits`` significant digits, None as "not measured"."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number(item, digits)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(number(item, digits) for item in value)
+    return str(value)
+
+
+def fixed(value: float | None) -> str:
+    """A distance or score with three decimals; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:.3f}"
+
+
+def percent(share: float | None) -> str:
+    """0.0204 as "2.0 %"; small shares keep two significant digits."""
+    if share is None:
+        return "not measured"
+    value = 100 * share
+    digits = 1 if value >= 0.95 or value == 0 else 2 if value >= 0.095 else 3
+    return f"{value:.{digits}f}{THIN}%"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "45 s", "3 min 20 s" or "5 h 10 min"."""
+    if seconds is None:
+        return "not measured"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int | None) -> str:
+    """Bytes in binary units."""
+    if count is None:
+        return "not measured"
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every field of report.json as (dotted key, value); lists of plain values stay in one row."""
+    if isinstance(value, dict) and value:
+        items = [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        items = [(f"{prefix}.{index}", item) for index, item in enumerate(value)]
+    else:
+        return [(prefix, value)]
+    return [row for key, item in items for row in flatten(item, key)]
+
+
+def distinct_pictures(report: dict[str, Any]) -> int:
+    """Distinct training pictures: the denominator of the extraction rate."""
+    by_copies = ((report["privacy"] or {}).get("extraction") or {}).get("by_copies")
+    return sum(row["pictures"] for row in by_copies.values()) if by_copies else report["data"]["clusters"]
+
+
+def rate_sentence(extraction: dict[str, Any], pictures: int) -> str:
+    """The count and its interval; zero hits as an upper bound (rule of three)."""
+    verified = extraction["verified"]
+    interval = extraction.get("rate_ci95")
+    if not verified:
+        return f"None of {pictures:,} distinct training pictures was extracted ({zero_hits(interval, pictures)})."
+    method = extraction.get("rate_ci95_method")
+    spread = f", 95 % interval {percent(interval[0])} to {percent(interval[1])}" if interval else ""
+    spread += f", {method}" if interval and method else ""
+    verb = "picture was" if pictures == 1 else "pictures was" if verified == 1 else "pictures were"
+    return f"{verified:,} of {pictures:,} distinct training {verb} extracted ({percent(extraction['rate'])}{spread})."
+
+
+def zero_hits(interval: list[float] | None, pictures: int) -> str:
+    """The rate after zero hits in n trials, as "< 3/n (95 %)"; with patients as units the interval's n is theirs."""
+    n = round(3 / interval[1]) if interval and interval[1] > 0 else pictures
+    return f"rate < 3/{n:,} = {percent(min(1.0, 3 / n))}, 95 %" if n else "no trials"
+
+
+def control_sentences(control: dict[str, Any] | None) -> list[str]:
+    """What the same rule finds in pictures that were never trained on."""
+    if control is None:
+        return [
+            "Not evidence: no control. The same rule was not tried on pictures that the model never saw, so these "
+            "counts cannot be told from chance resemblance. Set data.heldout_source to get a control."
+        ]
+    n, p_value = control["n"], control["p_value"]
+    text = f"Control: with the same rule, {control['verified']:,} of {n:,} held-out pictures, which the model never saw"
+    text += f", and {control['verified_train_m']:,} of {n:,} training pictures"
+    if p_value is None:
+        chance = "; no p-value, because the held-out pictures are not exchangeable with the training pictures."
+    else:
+        chance = f"; p = {number(p_value, 2)} (one-sided, by permutation)."
+    sentences = [text + chance]
+    if control.get("background") is not None:
+        share = percent(control["background"])
+        sentences.append(f"Background: {share} of real held-out pictures would pass the rule if they were generations.")
+    return sentences
+
+
+def verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """The outcome in plain words: ``{"level": "leak" | "none" | "unclear", "title": ..., "sentences": [...]}``.
+
+    "leak" needs verified pictures and a control that tells them from chance (p <= 0.05).
+    """
+    extraction = (report["privacy"] or {}).get("extraction")
+    if extraction is None:
+        text = "The extraction attack was not run: this report says nothing about what the model gives away."
+        return {"level": "unclear", "title": "Leakage was not measured", "sentences": [text]}
+    control, verified = extraction.get("control"), extraction["verified"]
+    p_value = control["p_value"] if control else None
+    sentences = [rate_sentence(extraction, distinct_pictures(report)), *control_sentences(control)]
+    if control is None:
+        level, title = "unclear", "No control: the counts are not evidence"
+    elif not verified:
+        level, title = "none", "No training picture was extracted by this attack"
+        sentences.append("That is a statement about this attack and its size: a stronger attack can find more.")
+    elif p_value is not None and p_value <= 0.05:
+        level, title = "leak", "The model gives training pictures away"
+    else:
+        level, title = "unclear", "Hits, but the control does not tell them from chance"
+    return {"level": level, "title": title, "sentences": sentences}
+
+
+def not_measured(report: dict[str, Any]) -> list[str]:
+    """One line for every part of report.json that is null, and the limits of what was run."""
+    missing = [text for key, text in NOT_MEASURED.items() if _lookup(report, key) is None]
+    if report.get("utility") is None:
+        missing.remove(NOT_MEASURED["utility.downstream"])  # said by "utility"
+    extraction = (report["privacy"] or {}).get("extraction")
+    if extraction is None:
+        return missing
+    if extraction.get("control") is None:
+        missing.append("No control: there were no held-out pictures, so chance resemblance was not measured.")
+    elif extraction["control"]["p_value"] is None:
+        missing.append("No p-value: the held-out pictures are not exchangeable with the training pictures.")
+    missing.append(_tier(extraction))
+    missing.append(
+        f"Spread: the result holds for this one model and {extraction['generations']:,} generations. "
+        "Other seeds, longer training or more generations can leak more."
+    )
+    return missing
+
+
+def distance_name(features: str | None) -> str:
+    """The name of the Fréchet distance; only Inception features make it FID."""
+    return "FID" if features == "inception" else f"Fréchet distance ({features} features)"
+
+
+def _tier(extraction: dict[str, Any]) -> str:
+    tier, column = extraction.get("tier"), 1 if extraction["protocol"] == "prompted" else 0
+    names = list(TIERS)
+    if tier == names[-1]:
+        return "Attack size: tier paper, as in Carlini et al. (2023); attacks that know the data better were not run."
+    larger = names[names.index(tier) + 1] if tier in names else names[0]
+    unit = "" if column else " generations"
+    text = f"Attack size: tier {tier}. The next one, {larger}, means {TIERS[larger][column]}{unit}"
+    return text + "; rarely generated copies only show there."
+
+
+def _lookup(report: dict[str, Any], dotted: str) -> Any:
+    value: Any = report
+    for key in dotted.split("."):
+        value = (value or {}).get(key)
+    return value

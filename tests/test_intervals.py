@@ -1,0 +1,70 @@
+"""Intervals against scipy, closed forms and simulated coverage."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from eval.intervals import clopper_pearson, rate_interval, rate_text, wilson
+
+CASES = [(0, 1), (1, 1), (0, 400), (3, 400), (8, 400), (50, 100), (399, 400), (7, 9)]
+
+
+@pytest.mark.parametrize(("hits", "n"), CASES)
+def test_wilson_and_clopper_pearson_equal_scipy(hits, n):
+    result = binomtest(hits, n)
+    for own, method in ((wilson, "wilson"), (clopper_pearson, "exact")):
+        expected = result.proportion_ci(0.95, method=method)
+        np.testing.assert_allclose(own(hits, n), (expected.low, expected.high), rtol=1e-9, atol=1e-12)
+
+
+def test_zero_hits_are_never_zero():
+    """Rule of three: the 95 % bound solves (1 - p)^n = 0.05, about 3/n."""
+    low, high, method = rate_interval(np.zeros(300, bool), np.arange(300) // 3, grouped=True)
+    assert (low, high) == (0, 0.03) and method == "rule of three over 100 groups"
+    assert high == pytest.approx(1 - 0.05 ** (1 / 100), rel=0.02)
+    low, high, method = rate_interval(np.zeros(300, bool), np.arange(300) // 3, grouped=False)
+    assert (low, high) == (0, 0.01) and method == "rule of three over 300 pictures"
+    assert rate_interval(np.zeros(2, bool), np.arange(2), grouped=False)[1] == 1.0
+    assert rate_interval(np.ones(40, bool), np.arange(40) // 4, grouped=True)[:2] == (0.7, 1.0)
+    assert rate_text(0, 512) == "< 3/512 (95 %)"
+    assert rate_text(8, 400) == "2.0 %"
+
+
+def test_without_groups_it_is_wilson():
+    flags = np.arange(400) < 8
+    assert rate_interval(flags, np.zeros(400, int), grouped=False) == (*wilson(8, 400), "Wilson")
+
+
+def test_bootstrap_has_the_width_of_the_number_of_groups():
+    """100 groups of 10 pictures that are all verified or all not: as wide as 100 draws, not as 1000."""
+    flags, block = np.repeat(np.arange(100) < 30, 10), np.repeat(np.arange(100), 10)
+    low, high, method = rate_interval(flags, block, grouped=True)
+    assert method == "percentile bootstrap over 100 groups"
+    expected = 2 * 1.96 * np.sqrt(0.3 * 0.7 / 100)
+    assert high - low == pytest.approx(expected, rel=0.12)
+    assert rate_interval(flags, block, grouped=True) == (low, high, method)
+
+
+def test_bootstrap_covers_the_true_rate():
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(40):
+        sizes = random.integers(1, 5, 80)
+        block = np.repeat(np.arange(80), sizes)
+        chance = np.repeat(random.beta(0.6, 2.4, 80), sizes)  # mean 0.2, strongly alike within a group
+        low, high, _ = rate_interval(random.random(len(block)) < chance, block, grouped=True)
+        covered += low <= 0.2 <= high
+    assert covered >= 34  # 38 expected; fewer than 34 has a chance below 1 % at a true coverage of 95 %
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 0), (3, 2), (-1, 5)])
+def test_impossible_counts_are_refused(hits, n):
+    with pytest.raises(ValueError):
+        wilson(hits, n)
+    with pytest.raises(ValueError):
+        clopper_pearson(hits, n)
+
+
+def test_a_rate_of_nothing_is_refused():
+    with pytest.raises(ValueError):
+        rate_interval(np.zeros(0, bool), np.zeros(0, int), grouped=True)

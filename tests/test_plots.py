@@ -1,0 +1,61 @@
+import base64
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from eval import plots
+from eval.evidence import Match
+
+
+def svg(uri: str) -> str:
+    text = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode()
+    ET.fromstring(text)
+    return text
+
+
+def texts(uri: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg(uri))
+
+
+def match(score, l2=0.2):
+    return Match("g", "r", l2, score, "", False)
+
+
+def test_curves():
+    rows = [{"step": i, "loss": 1 / (i + 1), "learning_rate": 1e-4} for i in range(200)]
+    assert "held-out" not in texts(plots.training_curves(rows)["light"])
+    rows[100]["heldout_loss"] = 0.5
+    themed = plots.training_curves(rows)
+    assert {"held-out", "optimizer step", "loss"} <= set(texts(themed["light"]))
+    assert plots.LIGHT["first"] in svg(themed["light"]) and plots.DARK["first"] in svg(themed["dark"])
+    assert plots.training_curves([]) is None and plots.training_curves([{"step": 1}]) is None
+    assert plots.training_curves(rows) == themed  # the same bytes every time
+
+
+def test_running_mean_against_a_loop():
+    values = np.random.default_rng(0).normal(size=173)
+    expected = [values[max(0, i - 2) : i + 1].mean() for i in range(173)]
+    np.testing.assert_allclose(plots._running_mean(values), expected)
+
+
+@pytest.mark.parametrize("count", [5, 3000])
+def test_histogram_of_scores_or_distances(count):
+    scores = [match(value) for value in np.linspace(0.1, 1.8, count)]
+    assert "adaptive score to the nearest training picture" in texts(plots.match_histogram(scores, 0.15)["light"])
+    distances = [match(None, value) for value in np.linspace(0.0, 0.4, count)]
+    assert "l2 to the nearest training picture" in texts(plots.match_histogram(distances, 0.15)["dark"])
+    assert plots.match_histogram([], 0.15) is None
+    assert plots.match_histogram([match(float("inf"))], 0.15) is None
+
+
+def test_bars_carry_their_counts():
+    found = texts(
+        plots.copies_bars({"40": {"pictures": 8, "verified": 7}, "1": {"pictures": 392, "verified": 1}})["light"]
+    )
+    assert {"7/8", "1/392", "1", "40"} <= set(found) and found.index("1/392") < found.index("7/8")
+    many = {str(i): {"pictures": 2, "verified": i % 2} for i in range(1, 21)}
+    counts = [text.split("/") for text in texts(plots.copies_bars(many)["light"]) if "/" in text]
+    assert len(counts) == 8 and np.array(counts, dtype=int).sum(axis=0).tolist() == [10, 40]
+    assert plots.copies_bars({}) is None

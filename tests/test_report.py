@@ -1,0 +1,206 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defenses.errors import UserError
+from eval.report import ReportConfig, render
+from tests.fabricate import HOSTILE, Fabricated
+
+FORBIDDEN = re.compile(r"\b(anonymous|anonymi[sz]ed|safe|compliant)\b", re.IGNORECASE)
+
+
+class Page(HTMLParser):
+    """Tags, attributes, visible text and pictures of a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.hidden = [], [], [], 0
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.visible = re.sub(r"\s+", " ", " ".join(self.text))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        self.hidden += tag in ("style", "title")
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ("style", "title")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.text.append(data)
+
+    def pictures(self) -> list[np.ndarray]:
+        """Decoded PNG images, uint8 [H, W]."""
+        uris = [value for tag, name, value in self.attributes if tag == "img" and value.startswith("data:image/png")]
+        opened = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
+        return [np.asarray(image) for image in opened]
+
+
+def make(folder, *, restricted=False, config=None, change=None, **options):
+    run = Fabricated(folder / "run", **options)
+    if change:
+        change(run.report)
+    render(run.folder, run.report, images=run.image, restricted=restricted, config=config or ReportConfig())
+    return run, Page(run.folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A run and its page, without restriction."""
+    return make(tmp_path_factory.mktemp("opened"))
+
+
+def shows(page: Page, pictures: np.ndarray) -> list[bool]:
+    shown = {image.tobytes() for image in page.pictures()}
+    return [picture[0].tobytes() in shown for picture in pictures]
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def test_one_file_without_scripts_or_addresses(opened):
+    run, page = opened
+    assert (run.folder / "report.html").stat().st_size < 2_000_000
+    assert not {"script", "iframe", "link", "object", "base", "form"} & set(page.tags)
+    for _, name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "srcset", "href"):
+            assert value.startswith("data:image/")
+    policy = next(value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src"))
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    assert "http://" not in page.source and "https://" not in page.source and "@import" not in page.source
+
+
+def test_every_number_is_there(opened):
+    run, page = opened
+    for value in leaves(run.report):
+        assert json.dumps(value, ensure_ascii=False) in page.visible or str(value) in page.visible
+    headings = re.findall(r"<h2>([^<]*)</h2>", page.source)
+    order = ["gives", "Key", "Evidence", "Attack", "copies", "Quality", "Data", "Defenses", "Training", "Generations"]
+    order += ["Cost", "not measured", "reproduce"]
+    assert len(headings) == len(order) and all(word in text for word, text in zip(order, headings, strict=True))
+
+
+def test_verdict_in_words(opened):
+    _, page = opened
+    narrow = "\N{NARROW NO-BREAK SPACE}"
+    sentence = f"8 of 40 distinct training pictures were extracted (20.0{narrow}%, 95 % interval 10.5{narrow}% to 34.8{narrow}%"
+    assert sentence in page.source
+    assert "0 of 31 held-out pictures" in page.visible and "p = 0.0013" in page.visible
+    assert not FORBIDDEN.search(page.visible)
+
+
+def test_pairs_and_samples(tmp_path, opened):
+    run, page = opened
+    assert shows(page, run.training[:8]) == [True] * 8
+    assert shows(page, run.generations) == [True] * 48
+    assert set(run.asked) >= {f"rec{i:03d}" for i in range(8)}
+    few = make(tmp_path / "few", config=ReportConfig(pairs=3, grid=5))[1]
+    assert sum(shows(few, run.training[:8])) == 3 and "3 of 8, the closest first" in few.visible
+    none, page = make(tmp_path / "none", config=ReportConfig(pairs=0, grid=0))
+    assert page.pictures() == [] and none.asked == []
+
+
+def test_restricted_hides_training_pictures_and_copies(tmp_path):
+    run, page = make(tmp_path, restricted=True)
+    assert run.asked == []  # no training picture was even read
+    assert not any(shows(page, run.training))
+    assert shows(page, run.generations) == [False] * 8 + [True] * 40
+    assert "restricted" in page.visible and "8 of the first 48 generations are withheld" in page.visible
+    assert "rec003" in page.visible  # the numbers stay
+
+
+def test_restricted_shows_no_file_that_was_not_compared(tmp_path):
+    run = Fabricated(tmp_path / "run")
+    table = run.folder / "attack" / "matches.csv"
+    table.write_text(table.read_text().replace("000020.png", "000020.jpg"))  # another file of the same stem
+    render(run.folder, run.report, images=run.image, restricted=True, config=ReportConfig())
+    assert shows(Page(run.folder / "report.html"), run.generations[19:22]) == [True, False, True]
+
+
+def test_hostile_names_are_text(tmp_path):
+    def change(report):
+        report["run"]["name"] = report["data"]["source"] = report["run"]["command"] = HOSTILE
+        report["defenses"][0]["claim"]["statement"] = HOSTILE
+
+    run = Fabricated(tmp_path / "run")
+    change(run.report)
+    columns = "prompt,generations,edges,clique_size,flagged,exact,mean_distance,medoid,record_id,l2,verified"
+    row = f'"{HOSTILE.replace(chr(34), chr(34) * 2)}",16,20,5,true,true,0.01,a.png,rec000,0.02,true'
+    (run.folder / "attack" / "cliques.csv").write_text(f"{columns}\n{row}\n")
+    for restricted in (False, True):
+        render(run.folder, run.report, images=run.image, restricted=restricted, config=ReportConfig())
+        page = Page(run.folder / "report.html")
+        card = re.sub(r"`[^`]*`", "", (run.folder / "MODEL_CARD.md").read_text())  # code spans are literal
+        assert "script" not in page.tags and "<script" not in card
+        assert page.visible.count(HOSTILE) >= (5 if restricted else 6)  # a restricted caption is not shown
+        assert ("prompt 1" in page.visible) == restricted
+
+
+def test_no_hits_and_no_control(tmp_path):
+    def change(report):
+        report["privacy"]["extraction"]["control"] = None
+
+    _, page = make(tmp_path, verified=0)
+    assert "3/40 = 7.5" in page.visible and "(95 %)" not in page.visible
+    assert "No training picture was extracted by this attack" in page.visible and not FORBIDDEN.search(page.visible)
+    _, page = make(tmp_path / "control", change=change)
+    assert "not evidence" in page.visible.lower() and "gives training pictures away" not in page.visible
+
+
+def test_parts_that_were_not_run(tmp_path):
+    """Only images that somebody else generated, nothing else known."""
+
+    def change(report):
+        report["privacy"]["extraction"] = report["utility"] = report["model"] = None
+        report["data"] |= {"removed_by_dedup": None}
+        report["cost"] = {name: None for name in report["cost"]}
+        report["defenses"] = []
+
+    run = Fabricated(tmp_path / "run")
+    change(run.report)
+    for name in ("manifest.csv", "metrics.jsonl", "attack/matches.csv"):
+        (run.folder / name).unlink()
+    elsewhere = run.folder.parent / "theirs"
+    (run.folder / "generations").rename(elsewhere)
+    (elsewhere / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig(), generations=elsewhere)
+    page = Page(run.folder / "report.html")
+    assert all(shows(page, run.generations)) and "Leakage was not measured" in page.visible
+    for part in ("Extraction", "Membership", "Inpainting", "Utility"):
+        assert f"{part} was not measured" in page.visible
+
+
+def test_large_pictures_fit(tmp_path):
+    run = Fabricated(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    for path in sorted((run.folder / "generations").glob("*.png")):
+        Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(path)
+    large = rng.integers(0, 256, (3, 512, 512), dtype=np.uint8)
+    render(run.folder, run.report, images=lambda _: large, restricted=False, config=ReportConfig())
+    assert (run.folder / "report.html").stat().st_size < 2_000_000
+
+
+def test_a_failed_report_leaves_no_file(tmp_path):
+    run = Fabricated(tmp_path / "run")
+    with pytest.raises(KeyError):
+        render(run.folder, run.report, images={}.__getitem__, restricted=False, config=ReportConfig())
+    assert not [path for path in run.folder.iterdir() if "report" in path.name or "CARD" in path.name]
+
+
+def test_bad_settings():
+    with pytest.raises(UserError, match="report.pairs"):
+        ReportConfig(pairs=-1)

@@ -1,0 +1,72 @@
+import pytest
+
+from eval import wording
+from tests.fabricate import fabricate_report
+
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0.0"), (1.0, "100.0"), (0.0204, "2.0"), (0.00123, "0.12"), (0.0001, "0.010"), (0.12345, "12.3")],
+)
+def test_percent(share, text):
+    assert wording.percent(share) == f"{text}{NARROW}%"
+
+
+def test_units():
+    assert wording.duration(41.7) == "42 s" and wording.duration(203.4) == "3 min 23 s"
+    assert wording.duration(3.14) == "3.1 s" and wording.duration(7384) == "2 h 3 min"
+    assert wording.size(1536) == "1.5 KiB" and wording.size(2**30) == "1 GiB" and wording.size(12) == "12 bytes"
+    assert wording.number(1234567) == "1,234,567" and wording.number(0.00123456) == "0.001235"
+    assert wording.number([1, 2.5]) == "1, 2.5" and wording.number({"a": True}) == "a yes"
+    assert {f(None) for f in (wording.number, wording.percent, wording.duration, wording.size)} == {"not measured"}
+
+
+def test_flatten_keeps_every_field():
+    rows = wording.flatten({"a": {"b": 1, "c": []}, "d": [{"e": None}], "f": {}})
+    assert rows == [("a.b", 1), ("a.c", []), ("d.0.e", None), ("f", {})]
+
+
+@pytest.mark.parametrize(
+    ("verified", "control", "level"),
+    [
+        (8, {"p_value": 0.0001}, "leak"),
+        (8, {"p_value": 0.05}, "leak"),
+        (8, {"p_value": 0.051}, "unclear"),
+        (8, {"p_value": None}, "unclear"),
+        (8, None, "unclear"),
+        (0, {"p_value": 1.0}, "none"),
+        (0, None, "unclear"),
+    ],
+)
+def test_level_of_the_verdict(verified, control, level):
+    report = fabricate_report(verified)
+    extraction = report["privacy"]["extraction"]
+    extraction["control"] = None if control is None else extraction["control"] | control
+    verdict = wording.verdict(report)
+    assert verdict["level"] == level
+    assert ("no control" in " ".join(verdict["sentences"])) == (control is None)
+
+
+def test_zero_hits_follow_the_unit_of_the_interval():
+    """With 12 patients the bound is 3/12, however many pictures they have."""
+    assert wording.zero_hits([0.0, 0.25], 400) == f"rate < 3/12 = 25.0{NARROW}%, 95 %"
+    assert wording.zero_hits(None, 300) == f"rate < 3/300 = 1.0{NARROW}%, 95 %"
+    assert wording.zero_hits([0.0, 1.0], 2) == f"rate < 3/3 = 100.0{NARROW}%, 95 %"
+
+
+def test_what_was_not_measured_shrinks():
+    report = fabricate_report()
+    before = wording.not_measured(report)
+    report["privacy"]["membership"] = []
+    after = wording.not_measured(report)
+    assert len(before) == 7 and set(before) - set(after) == {wording.NOT_MEASURED["privacy.membership"]}
+    assert any("8,192 generations" in line for line in before)  # the next tier after smoke
+    report["privacy"]["extraction"] |= {"protocol": "prompted", "tier": "small"}
+    assert any("1,000 prompts with 500 each;" in line for line in wording.not_measured(report))
+
+
+def test_only_inception_is_fid():
+    assert wording.distance_name("inception") == "FID"
+    assert "FID" not in wording.distance_name("random-conv") + wording.distance_name("dinov2")
