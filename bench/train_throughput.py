@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not __package__:
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,9 @@ class Peer:
         schedule = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
         self.ema = EMAModel(model.parameters(), decay=0.9999)
         self.model, self.optimizer, self.loader, self.schedule = accelerator.prepare(model, optimizer, loader, schedule)
-        self.noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+        self.noise_scheduler = DDPMScheduler(
+            num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon"
+        )
         self.ema.to(accelerator.device)
         self.batches = self._endless()
 
@@ -82,7 +85,7 @@ def main(overrides: list[str]) -> None:
         directory = RunDirectory(config.run)
         directory.open(tree, "bench")
         dataset = prepare(config.data, directory.prepared, ours_accelerator)
-        select_records(config, dataset, ours_accelerator)
+        select_records(config, dataset, [], ours_accelerator)
         trainer = build_trainer(config, dataset, directory, ours_accelerator, [], [])
         images = torch.from_numpy(dataset.images[dataset.rows("train")]).float() / 127.5 - 1
         peer_accelerator = ours_accelerator
@@ -112,7 +115,9 @@ def main(overrides: list[str]) -> None:
 
 def report(config, seconds: dict[str, list[float]], folder: Path) -> None:
     images = STEPS * config.train.batch_size
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, model {config.model.size}, {config.data.image_size} px")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, model {config.model.size}, {config.data.image_size} px"
+    )
     for name, rounds in seconds.items():
         speeds = sorted(images / value for value in rounds)
         print(f"{name:10} images/s: median {statistics.median(speeds):.1f}, rounds {speeds[0]:.1f} to {speeds[-1]:.1f}")

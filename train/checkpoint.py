@@ -17,7 +17,9 @@ from defenses.errors import UserError
 from train.files import sync_directory, write_json
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: list[torch.Tensor], state: dict) -> None:
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: list[torch.Tensor], state: dict
+) -> None:
     """Writes ``folder`` (``checkpoints/step-N``) atomically.
 
     Args:
@@ -28,8 +30,14 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     names = [name for name, _ in model.named_parameters()]
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, temporary / "model.safetensors")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in zip(names, ema, strict=True)}, temporary / "ema.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        temporary / "model.safetensors",
+    )
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in zip(names, ema, strict=True)},
+        temporary / "ema.safetensors",
+    )
     tensors, rest = _flatten(optimizer.state_dict())
     save_file(tensors, temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", {**state, "optimizer": rest})
@@ -59,7 +67,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state.pop("optimizer")))
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise UserError(str(folder), f"cannot be resumed from: {reason}", "remove this folder to resume from the one before") from error
+        raise UserError(
+            str(folder), f"cannot be resumed from: {reason}", "remove this folder to resume from the one before"
+        ) from error
     return ema, state
 
 

@@ -48,10 +48,14 @@ def check_libraries() -> None:
         import torchvision
     except Exception as error:  # RuntimeError, ImportError or OSError, depending on what does not fit
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"torchvision does not match torch {torch.__version__}: {reason} (install both from the same index, e.g. pip install torch torchvision)")
+        fail(
+            f"torchvision does not match torch {torch.__version__}: {reason} (install both from the same index, e.g. pip install torch torchvision)"
+        )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 11):
-        fail(f"torch {torch.__version__} is too old, torchvision {torchvision.__version__} with it (install torch>=2.11)")
+        fail(
+            f"torch {torch.__version__} is too old, torchvision {torchvision.__version__} with it (install torch>=2.11)"
+        )
 
 
 def fail(message: str) -> None:
@@ -80,9 +84,11 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
+    from diffusers.utils import logging
 
     from defenses.errors import UserError
 
+    logging.disable_progress_bar()
     folder = ProjectConfiguration(project_dir=str(project), logging_dir=str(project / "trackers")) if project else None
     try:
         accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_config=folder)

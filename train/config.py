@@ -56,8 +56,7 @@ def objects(config: DictConfig) -> SimpleNamespace:
             node = config[name]
             missing = sorted(OmegaConf.missing_keys(node)) if OmegaConf.is_config(node) else []
             if missing:
-                key = f"{name}.{missing[0]}"
-                raise UserError(key, "has no value", f"give {key}=… on the command line")
+                raise UserError(missing[0], "has no value", f"give {missing[0]}=… on the command line")
             built[name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException as error:
             if isinstance(error.__cause__, UserError):

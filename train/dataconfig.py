@@ -23,9 +23,8 @@ class DataConfig:
     channels: int = 1  # 1: grey, 3: RGB
     group_key: str | None = None  # column of the patient (or artist, ...): never on two sides; null: every record alone
     caption_key: str | None = None  # column of the caption; null: none
-    label_key: str | None = (
-        None  # column of the class; null: names of the sub-folders where there are several, else none
-    )
+    # column of the class, for a class-conditional model (for sub-folders: label); null: an unconditional model
+    label_key: str | None = None
     # column with your own split: train | valid, validation, val, calibration | test, heldout; null: split at random
     split_key: str | None = None
     heldout_fraction: float = 0.2  # share of the records; 0: none. Not used with split_key, heldout_source, phantom

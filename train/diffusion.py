@@ -26,7 +26,9 @@ class DiffusionConfig:
         if self.timesteps < 2:
             raise UserError("train.diffusion.timesteps", f"{self.timesteps} is too few", "at least 2; 1000 is usual")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise UserError("train.diffusion.snr_gamma", f"{self.snr_gamma} is not positive", "null switches weighting off")
+            raise UserError(
+                "train.diffusion.snr_gamma", f"{self.snr_gamma} is not positive", "null switches weighting off"
+            )
 
 
 def noise_schedule(config: DiffusionConfig) -> DDPMScheduler:

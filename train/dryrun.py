@@ -28,10 +28,11 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
         directory = RunDirectory(replace(config.run, output_dir=folder))
         directory.path.mkdir(parents=True, exist_ok=True)
         dataset = prepare(config.data, directory.prepared, accelerator)
-        select_records(config, dataset, accelerator)
+        defenses = registry.build(config.defenses)
+        select_records(config, dataset, defenses, accelerator)
         describe_data(say, dataset)
         names = class_names(dataset, config.data.label_key)
-        trainer = build_trainer(config, dataset, directory, accelerator, registry.build(config.defenses), names)
+        trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
         describe_training(say, config, trainer, dataset, accelerator)
     return 0
 
@@ -61,7 +62,9 @@ def describe_training(
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     batches = trainer.microbatches(trainer.plan.batch(0))
     images = batches[0].images
-    say(f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process")
+    say(
+        f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process"
+    )
     if batches[0].labels is not None:
         say(f"labels {tuple(batches[0].labels.shape)}, classes {model.config.num_class_embeds}")
     for defense in trainer.defenses:

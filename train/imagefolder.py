@@ -53,9 +53,8 @@ def list_folder(root: Path, max_bytes: int) -> Listing:
         problem = "" if (root / source).is_file() else "missing file: named in the metadata"
         rows.append(_row(root / source, source, values, problem, max_bytes))
     rows.sort(key=lambda row: row.source)
-    labels = {row.values["label"] for row in rows} if not metadata else set()
     columns = sorted({key for row in rows for key in row.values})
-    return Listing("folder", rows, columns, ignored, default_label="label" if len(labels - {None}) > 1 else None)
+    return Listing("folder", rows, columns, ignored)
 
 
 def _row(path: Path, source: str, values: dict[str, Any], problem: str, max_bytes: int) -> Row:

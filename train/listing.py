@@ -34,7 +34,6 @@ class Listing:
         kind: ``phantom``, ``folder``, ``huggingface`` or ``npz``.
         columns: names that ``data.*_key`` may have.
         ignored: files that are no items, such as licences.
-        default_label: column that is the label where ``data.label_key`` is not set.
         has_split: whether the column ``split`` is the known truth and always used.
     """
 
@@ -42,5 +41,4 @@ class Listing:
     rows: list[Row]
     columns: list[str]
     ignored: int = 0
-    default_label: str | None = None
     has_split: bool = field(default=False, kw_only=True)

@@ -27,7 +27,9 @@ from train.optim import OptimizerConfig
 from train.plan import repeats
 from train.runlog import RunDirectory
 
-SIGNAL_STEPS = 10  # torchrun kills its workers 30 s after it passed on SIGTERM: this many steps and a checkpoint must fit
+SIGNAL_STEPS = (
+    10  # torchrun kills its workers 30 s after it passed on SIGTERM: this many steps and a checkpoint must fit
+)
 
 
 @dataclass(kw_only=True)
@@ -61,9 +63,13 @@ class TrainConfig:
         if self.learning_rate <= 0:
             raise UserError("train.learning_rate", f"{self.learning_rate} is not positive", "1e-4 to 1e-3 is usual")
         if not 0 <= self.ema_decay < 1:
-            raise UserError("train.ema_decay", f"{self.ema_decay} is not in [0, 1)", "0.999 is usual; 0 switches it off")
+            raise UserError(
+                "train.ema_decay", f"{self.ema_decay} is not in [0, 1)", "0.999 is usual; 0 switches it off"
+            )
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
-            raise UserError("train.keep_checkpoints", f"{self.keep_checkpoints} keeps none", "at least 1; null keeps all")
+            raise UserError(
+                "train.keep_checkpoints", f"{self.keep_checkpoints} keeps none", "at least 1; null keeps all"
+            )
 
 
 @dataclass
@@ -75,7 +81,9 @@ class TrainState:
     ema: EMAModel
     step: int = 0
     images_seen: int = 0
-    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # since the last log line
+    loss_sum: torch.Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float64)
+    )  # since the last log line
     loss_count: int = 0
     seconds: float = 0.0  # spent training, over all stops
     stopped_by: str | None = None  # defense that ended training early
@@ -109,7 +117,13 @@ class Trainer:
     def train(self) -> None:
         """Trains from ``state.step`` to the end, or until a defense or a signal stops it."""
         config, state = self.config, self.state
-        bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not self.accelerator.is_main_process, smoothing=0.1)
+        bar = tqdm(
+            total=config.steps,
+            initial=state.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            smoothing=0.1,
+        )
         with _interruption() as interrupted, bar:
             mark = time.perf_counter()
             while state.step < config.steps and state.stopped_by is None:
@@ -189,7 +203,9 @@ class Trainer:
         loss = total / max(count, 1)
         state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
         if not np.isfinite(loss):
-            raise UserError("train", f"the loss is not finite at step {state.step}", "lower train.learning_rate, then resume")
+            raise UserError(
+                "train", f"the loss is not finite at step {state.step}", "lower train.learning_rate, then resume"
+            )
         speed = count / seconds
         bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         self.record({"loss": loss, "learning_rate": self.lr_schedule.get_last_lr()[0], "images_per_second": speed})
@@ -230,7 +246,8 @@ class Trainer:
         for average, loaded in zip(self.state.ema.shadow_params, ema, strict=True):
             average.copy_(loaded)
         for defense in self.defenses:
-            defense.load_state_dict(values["defenses"].get(defense.name, {}))
+            if defense.name in values["defenses"]:
+                defense.load_state_dict(values["defenses"][defense.name])
         self.lr_schedule.last_epoch = self.state.step  # the rate itself came back with the optimizer
         self.lr_schedule._last_lr = [group["lr"] for group in self.state.optimizer.param_groups]
         self.directory.truncate_metrics(self.state.step)
@@ -286,7 +303,10 @@ class Interrupted(Exception):
 def _interruption() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT, so that the step in progress can end and be saved."""
     received: list[int] = []
-    previous = {name: signal.signal(name, lambda number, frame: received.append(number)) for name in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        name: signal.signal(name, lambda number, frame: received.append(number))
+        for name in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:

@@ -26,7 +26,9 @@ class ModelConfig:
 
     family: Literal["pixel"] = "pixel"  # UNet2DModel on pixels
     size: Literal["tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
-    pretrained: str | None = None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
+    pretrained: str | None = (
+        None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
+    )
     revision: str | None = None  # revision of a hub id; null: its default
     dropout: float = 0.0  # probability inside residual blocks
 
@@ -48,7 +50,9 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> 
     if image_size % step:
         near = max(step, round(image_size / step) * step)
         raise UserError(
-            "data.image_size", f"{image_size} is not a multiple of {step}, which model.size={config.size} needs", f"take {near}"
+            "data.image_size",
+            f"{image_size} is not a multiple of {step}, which model.size={config.size} needs",
+            f"take {near}",
         )
     down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
     up = ["AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(widths)))]
@@ -72,7 +76,9 @@ def _load_pretrained(config: ModelConfig, channels: int, classes: int) -> UNet2D
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
-        raise UserError("model.pretrained", f"{config.pretrained}: {reason}", "give a saved diffusers pipeline folder") from error
+        raise UserError(
+            "model.pretrained", f"{config.pretrained}: {reason}", "give a saved diffusers pipeline folder"
+        ) from error
     found = (model.config.in_channels, model.config.num_class_embeds or 0)
     if found != (channels, classes):
         raise UserError(

@@ -27,7 +27,9 @@ class OptimizerConfig:
         if self.warmup_steps < 0:
             raise UserError("train.optimizer.warmup_steps", f"{self.warmup_steps} is negative", "0 means no warm-up")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise UserError("train.optimizer.max_grad_norm", f"{self.max_grad_norm} is not positive", "null switches it off")
+            raise UserError(
+                "train.optimizer.max_grad_norm", f"{self.max_grad_norm} is not positive", "null switches it off"
+            )
 
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:

@@ -1,6 +1,6 @@
 """The main job: prepare, train, generate, attack, utility, report.
 
-    accelerate launch train/run.py [--config FILE] [--dry-run] [key=value ...]
+accelerate launch train/run.py [--config FILE] [--dry-run] [key=value ...]
 """
 
 import os
@@ -10,6 +10,7 @@ if not __package__:  # `accelerate launch train/run.py` puts train/ first on the
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     __import__("train.cli").cli.check_libraries()  # before diffusers is imported, which fails unclearly
 
+from defenses import registry
 from eval.config import SECTIONS as EVAL_SECTIONS
 from eval.config import check
 from eval.stage import run_evaluation
@@ -38,11 +39,12 @@ def main(arguments: cli.Arguments) -> int:
         accelerator.print(f"all done: {directory.path / 'report.html'}")
         return 0
     dataset = prepare(config.data, directory.prepared, accelerator)
-    select_records(config, dataset, accelerator)
+    defenses = registry.build(config.defenses)
+    select_records(config, dataset, defenses, accelerator)
     if accelerator.is_main_process:
         write_manifest(dataset, directory.manifest)
     try:
-        train_model(config, dataset, directory, accelerator)
+        train_model(config, dataset, directory, defenses, accelerator)
     except Interrupted as stop:
         accelerator.print(f"stopped after the checkpoint of step {stop.step}; the same command resumes")
         return 1

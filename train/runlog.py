@@ -1,9 +1,11 @@
 """The run directory: its layout, its log of metrics, its record of what is done."""
 
+import fcntl
 import json
 import os
 import platform
 import time
+import weakref
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -81,7 +83,10 @@ class RunDirectory:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
-            raise UserError("run.output_dir", f"{self.path}: {error.strerror}", "choose a folder that can be written") from error
+            raise UserError(
+                "run.output_dir", f"{self.path}: {error.strerror}", "choose a folder that can be written"
+            ) from error
+        self._lock()
         stored = self.path / "config.yaml"
         if stored.exists():
             _refuse_changes(OmegaConf.load(stored), config, self.path)
@@ -89,8 +94,25 @@ class RunDirectory:
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
         if self.main and not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", {"versions": versions(), "hardware": hardware(), "command": command})
+            write_json(
+                self.path / "environment.json", {"versions": versions(), "hardware": hardware(), "command": command}
+            )
             self.record(started=timestamp())
+
+    def _lock(self) -> None:
+        """Keeps a second process out of the directory."""
+        if not self.main:
+            return
+        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_WRONLY, 0o600)
+        weakref.finalize(self, os.close, handle)  # open, and so locked, as long as this object lives
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "run.name", f"another process is working in {self.path}", "wait, or choose another name"
+            ) from error
+        except OSError:  # a file system without locks
+            return
 
     def progress(self) -> dict[str, Any]:
         """What was recorded so far: start time, seconds per stage."""
@@ -140,7 +162,8 @@ def _refuse_changes(stored: DictConfig, config: DictConfig, path: Path) -> None:
         key = changed[0]
         raise UserError(
             key,
-            f"{path} was made with {old.get(key)!r}, now {new.get(key)!r}" + (f" and {len(changed) - 1} more changes" if changed[1:] else ""),
+            f"{path} was made with {old.get(key)!r}, now {new.get(key)!r}"
+            + (f" and {len(changed) - 1} more changes" if changed[1:] else ""),
             "choose another run.name, or give the same settings to resume",
         )
 
@@ -148,4 +171,8 @@ def _refuse_changes(stored: DictConfig, config: DictConfig, path: Path) -> None:
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {key: value for name, child in tree.items() for key, value in _leaves(child, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _leaves(child, f"{prefix}.{name}".lstrip(".")).items()
+    }

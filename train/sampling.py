@@ -23,7 +23,9 @@ Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tens
 class SamplerConfig:
     """How images are drawn; the same for every arm of a comparison."""
 
-    sampler: Literal["ddim", "dpm-solver++"] = "ddim"  # DDIM with eta 0 (Song et al. 2021); DPM-Solver++ 2M (Lu et al. 2022)
+    sampler: Literal["ddim", "dpm-solver++"] = (
+        "ddim"  # DDIM with eta 0 (Song et al. 2021); DPM-Solver++ 2M (Lu et al. 2022)
+    )
     steps: int = 50  # network evaluations per image
     batch_size: int = 64  # images per forward pass; samples i*batch_size.. always share a pass
 

@@ -71,7 +71,7 @@ def open_source(spec: str, config: DataConfig, key: str = "data.source") -> Sour
     split_key = "split" if listing.has_split else config.split_key
     columns = {
         "caption": _column(listing, "caption_key", config.caption_key, main),
-        "label": _column(listing, "label_key", config.label_key, main) or listing.default_label,
+        "label": _column(listing, "label_key", config.label_key, main),
         "group": _column(listing, "group_key", config.group_key, main),
         "split": _column(listing, "split_key", split_key, main) if main else None,
     }

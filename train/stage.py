@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,20 +28,23 @@ from train.loop import Trainer, TrainState, averaged_weights, released_model
 from train.models import build, memory_format, parameter_count, save_pipeline
 from train.optim import MeanGradient, build_optimizer, build_schedule
 from train.plan import EpochPlan
+from train.ranks import together
 from train.runlog import RunDirectory
 from train.sampling import SamplerConfig, blocks, class_of_sample, sample, save_grid
 
 SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
 
 
-def select_records(config: SimpleNamespace, dataset: Dataset, accelerator: Accelerator) -> None:
+def select_records(
+    config: SimpleNamespace, dataset: Dataset, defenses: list[Defense], accelerator: Accelerator
+) -> None:
     """Seam 1: lets every defense remove training records, and notes each removal in the record.
 
     Raises:
         UserError: nothing is left to train on, or a training record has no label for a class-conditional model.
     """
     class_names(dataset, config.data.label_key)
-    for defense in registry.build(config.defenses):
+    for defense in defenses:
         for removal in on_main(accelerator, lambda defense=defense: defense.select(pool_of(dataset))):
             record = dataset.records[removal.row]
             record.kept, record.reason, record.distance = False, f"{defense.name}: {removal.reason}", removal.distance
@@ -53,7 +56,8 @@ def select_records(config: SimpleNamespace, dataset: Dataset, accelerator: Accel
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     """The result of ``work`` from the main process, on every rank: for what is quick and must agree to the bit."""
-    return broadcast_object_list([work() if accelerator.is_main_process else None])[0]
+    result = together(accelerator, lambda: work() if accelerator.is_main_process else None)
+    return broadcast_object_list([result])[0]
 
 
 def pool_of(dataset: Dataset) -> Pool:
@@ -78,7 +82,11 @@ def class_names(dataset: Dataset, label_key: str | None) -> list[str]:
     rows = dataset.rows("train", kept=True)
     unlabelled = sum(dataset.records[row].label is None for row in rows)
     if unlabelled:
-        raise UserError("data.label_key", f"{unlabelled} training records have no {label_key}", "label them, or set data.label_key=null")
+        raise UserError(
+            "data.label_key",
+            f"{unlabelled} training records have no {label_key}",
+            "label them, or set data.label_key=null",
+        )
     return sorted({dataset.records[row].label for row in rows})
 
 
@@ -96,15 +104,23 @@ def build_model(config: SimpleNamespace, names: list[str]) -> nn.Module:
     return build(config.model, config.data.image_size, config.data.channels, len(names))
 
 
-def train_model(config: SimpleNamespace, dataset: Dataset, directory: RunDirectory, accelerator: Accelerator) -> dict[str, Any]:
+def train_model(
+    config: SimpleNamespace,
+    dataset: Dataset,
+    directory: RunDirectory,
+    defenses: list[Defense],
+    accelerator: Accelerator,
+) -> dict[str, Any]:
     """Trains (or resumes, or finds all done) and writes ``model/``.
 
+    Args:
+        defenses: those that `select_records` was given, with what they noted there.
+
     Returns:
-        The part ``model`` of report.json and what evaluation needs to know: seconds, images seen, stopped_by.
+        The contents of the model's sidecar: what evaluation and report need to know of training.
     """
     if (directory.model / SIDECAR).exists():
         return json.loads((directory.model / SIDECAR).read_text())
-    defenses = registry.build(config.defenses)
     names = class_names(dataset, config.data.label_key)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
     newest = checkpoint.latest(directory.checkpoints)
@@ -179,7 +195,9 @@ def build_trainer(
     )
 
 
-def heldout_batches(config: SimpleNamespace, dataset: Dataset, names: list[str], accelerator: Accelerator) -> dict[str, list[Batch]]:
+def heldout_batches(
+    config: SimpleNamespace, dataset: Dataset, names: list[str], accelerator: Accelerator
+) -> dict[str, list[Batch]]:
     """Fixed batches with fixed noise at evenly spread timesteps: this rank's share of held-out and of training records."""
     settings = config.train
     if not settings.heldout_every:
@@ -203,7 +221,11 @@ def heldout_batches(config: SimpleNamespace, dataset: Dataset, names: list[str],
 
 
 def heldout_losses(
-    config: SimpleNamespace, state: TrainState, schedule: DDPMScheduler, batches: dict[str, list[Batch]], accelerator: Accelerator
+    config: SimpleNamespace,
+    state: TrainState,
+    schedule: DDPMScheduler,
+    batches: dict[str, list[Batch]],
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Deterministic mean losses of the EMA weights; the gap between the two is the onset of memorisation."""
     device, result = accelerator.device, {}
@@ -212,7 +234,9 @@ def heldout_losses(
             sums = torch.zeros(2, device=device)
             for part in parts:
                 labels = None if part.labels is None else part.labels.to(device)
-                moved = Batch(part.images.to(device), labels, part.random, part.timesteps.to(device), part.noise.to(device))
+                moved = Batch(
+                    part.images.to(device), labels, part.random, part.timesteps.to(device), part.noise.to(device)
+                )
                 with autocast(device, config.train.precision):
                     losses = per_example_loss(model, moved, schedule, config.train.diffusion.snr_gamma)
                 sums += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=device)])
@@ -223,7 +247,7 @@ def heldout_losses(
 
 def sample_on_all_ranks(config, dataset, state, schedule, names, indices, accelerator) -> torch.Tensor:
     """Images of the EMA weights for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
-    sampler = SamplerConfig(steps=25)
+    sampler = SamplerConfig(steps=25, batch_size=8)  # small blocks, so that every rank has some
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     frequency = class_frequency(dataset, names)
     drawn = []
@@ -232,7 +256,14 @@ def sample_on_all_ranks(config, dataset, state, schedule, names, indices, accele
             chosen = [indices[i] for i in block]
             labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if names else None
             images = sample(
-                model, schedule.config, sampler, chosen, shape, seed=config.run.seed, labels=labels, precision=config.train.precision
+                model,
+                schedule.config,
+                sampler,
+                chosen,
+                shape,
+                seed=config.run.seed,
+                labels=labels,
+                precision=config.train.precision,
             )
             drawn.append((block.start, images))
     gathered = sorted(gather_object(drawn), key=lambda pair: pair[0])
@@ -255,7 +286,12 @@ def start_trackers(config: SimpleNamespace, accelerator: Accelerator) -> None:
 
 
 def release(
-    config: SimpleNamespace, dataset: Dataset, directory: RunDirectory, accelerator: Accelerator, trainer: Trainer, names: list[str]
+    config: SimpleNamespace,
+    dataset: Dataset,
+    directory: RunDirectory,
+    accelerator: Accelerator,
+    trainer: Trainer,
+    names: list[str],
 ) -> dict[str, Any]:
     """Writes the EMA weights (or those of the checkpoint that a defense chose) as a diffusers pipeline."""
     state = trainer.state
@@ -268,7 +304,8 @@ def release(
         "train_seconds": state.seconds,
         "stopped_by": state.stopped_by,
         "released_step": state.release_step or state.step,
-        "claims": [{"name": d.name, "claim": d.claim()} for d in trainer.defenses],
+        "defenses": [describe(defense, config) for defense in trainer.defenses],
+        "defense_states": {defense.name: defense.state_dict() for defense in trainer.defenses},
         "classes": names,
         "class_frequency": class_frequency(dataset, names).tolist(),
         "image_size": config.data.image_size,
@@ -281,11 +318,19 @@ def release(
     if accelerator.is_main_process:
         model = released_model(state)
         if state.release_step is not None and state.release_step != state.step:
-            model.load_state_dict(load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False)
+            model.load_state_dict(
+                load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False
+            )
         save_pipeline(directory.model, model, trainer.schedule)
         write_json(directory.model / SIDECAR, facts)  # last: its presence says that training is complete
     accelerator.wait_for_everyone()
     return facts
+
+
+def describe(defense: Defense, config: SimpleNamespace) -> dict[str, Any]:
+    """Name, settings and claim, as in report.json."""
+    settings = getattr(config.defenses, defense.name, None)
+    return {"name": defense.name, "settings": asdict(settings) if settings else {}, "claim": defense.claim()}
 
 
 def peak_memory(accelerator: Accelerator) -> int:
@@ -295,5 +340,3 @@ def peak_memory(accelerator: Accelerator) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
