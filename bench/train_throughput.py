@@ -34,7 +34,7 @@ from train.models import build
 from train.runlog import RunDirectory
 from train.stage import build_trainer, select_records
 
-ROUNDS, STEPS = 7, 10
+ROUNDS, STEPS = 16, 6
 
 
 class Peer:
@@ -103,7 +103,8 @@ def main(overrides: list[str]) -> None:
 
         seconds: dict[str, list[float]] = {"deffuse": [], "diffusers": []}
         for repeat in range(ROUNDS + 1):
-            for name, work in (("deffuse", ours), ("diffusers", peer.round)):
+            sides = [("deffuse", ours), ("diffusers", peer.round)]
+            for name, work in sides if repeat % 2 else reversed(sides):
                 started = time.perf_counter()
                 work(STEPS)
                 if ours_accelerator.device.type == "cuda":

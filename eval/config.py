@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from defenses.errors import UserError
-from eval.extraction import ExtractionConfig
+from eval.extraction import ExtractionConfig, check_tier
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from train.sampling import SamplerConfig
@@ -51,6 +51,9 @@ def check(config: SimpleNamespace) -> None:
     Raises:
         UserError: a combination that must not run.
     """
+    foreign = getattr(config, "pipeline", None) or getattr(config, "generations", None)
+    if config.attack.extraction is not None and foreign is None:
+        check_tier(config.attack.extraction, config.generate.count)
     if not config.data.restricted:
         return
     remote = sorted(set(config.train.trackers) - LOCAL_TRACKERS)

@@ -1,39 +1,20 @@
 """Intervals for a rate of extracted pictures, all at 95 %."""
 
-import math
-
 import numpy as np
-from scipy import stats
+from scipy.stats import binomtest
 
 _LEVEL = 0.95
 _RESAMPLES = 2000
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Score interval for a binomial rate (Wilson 1927)."""
-    _check(hits, n)
-    z2 = float(stats.norm.ppf(0.5 + _LEVEL / 2)) ** 2
-    rate = hits / n
-    middle = rate + z2 / (2 * n)
-    half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2)))
-    low = 0.0 if hits == 0 else (middle - half) / (1 + z2 / n)
-    high = 1.0 if hits == n else (middle + half) / (1 + z2 / n)
-    return low, high
+    """Score interval for a binomial rate (Wilson 1927).
 
-
-def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
-    """Exact interval for a binomial rate (Clopper and Pearson 1934): it covers at least 95 %, for any rate and n."""
-    _check(hits, n)
-    tail = (1 - _LEVEL) / 2
-    low = 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, n - hits + 1))
-    high = 1.0 if hits == n else float(stats.beta.ppf(1 - tail, hits + 1, n - hits))
-    return low, high
-
-
-def rate_text(hits: int, n: int) -> str:
-    """A rate in words: "2.0 %", and for zero hits never zero but "< 3/n (95 %)" (rule of three, Hanley 1983)."""
-    _check(hits, n)
-    return f"< 3/{n} (95 %)" if hits == 0 else f"{100 * hits / n:.1f} %"
+    Raises:
+        ValueError: not 0 <= hits <= n with n > 0.
+    """
+    interval = binomtest(hits, n).proportion_ci(_LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def rate_interval(verified: np.ndarray, block: np.ndarray, grouped: bool, seed: int = 0) -> tuple[float, float, str]:
@@ -52,7 +33,8 @@ def rate_interval(verified: np.ndarray, block: np.ndarray, grouped: bool, seed: 
     verified = np.asarray(verified, dtype=bool)
     _, unit = np.unique(block, return_inverse=True)
     hits = int(verified.sum())
-    _check(hits, len(verified))
+    if not len(verified):
+        raise ValueError("there is no picture to take a rate of")
     n = int(unit.max()) + 1 if grouped else len(verified)
     if hits == 0:
         return 0.0, min(1.0, 3 / n), f"rule of three over {n} {'groups' if grouped else 'pictures'}"
@@ -74,8 +56,3 @@ def _bootstrap(verified: np.ndarray, unit: np.ndarray, seed: int) -> np.ndarray:
         drawn = random.integers(len(pictures), size=len(pictures))
         rates[index] = hits[drawn].sum() / pictures[drawn].sum()
     return rates
-
-
-def _check(hits: int, n: int) -> None:
-    if not 0 <= hits <= n or n == 0:
-        raise ValueError(f"{hits} hits of {n}: need 0 <= hits <= n and n > 0")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,7 +148,7 @@ def attack(
     options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
     protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
     if protocol == "prompted":
-        groups = ((name, files, images.read(files, size, channels)) for name, files in images.groups)
+        groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
         return prompted(groups, training, heldout, settings, accelerator, **options)
     names = [name for _, files in images.groups for name in files]
     return untargeted(

@@ -33,7 +33,7 @@ class PhantomConfig:
     copied: int = 8  # distinct training pictures that are planted several times; 0: none
     copies: int = 40  # how often each of those occurs in the training split
     outliers: int = 8  # training pictures of unusual look, one copy each; 0: none
-    heldout: int = 200  # held-out pictures, of other patients, drawn like ordinary training pictures
+    heldout: int = 400  # held-out pictures, of other patients, drawn like ordinary training pictures
     calibration: int = 80  # calibration pictures, likewise
     seed: int = 0  # of the pictures; independent of run.seed
 
