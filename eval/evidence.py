@@ -71,17 +71,23 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def choose_pairs(matches: Iterable[Match], copies: dict[str, int], most: int) -> tuple[list[Pair], list[Pair]]:
+def choose_pairs(
+    matches: Iterable[Match], picture: dict[str, str], copies: dict[str, int], most: int
+) -> tuple[list[Pair], list[Pair]]:
     """The best generation of every verified picture, and the closest pairs that did not pass, closest first.
 
     At most ``most`` verified ones; the others fill up to a quarter of ``most``, for comparison.
+
+    Args:
+        picture: cluster of a record, so that copies are shown once; a record that is not in it stands for itself.
+        copies: size of a record's cluster.
     """
     best: dict[tuple[bool, str], Match] = {}
     for match in sorted(matches, key=_closeness):
-        best.setdefault((match.verified, match.record_id), match)
-    shown = {record_id for verified, record_id in best if verified}
+        best.setdefault((match.verified, picture.get(match.record_id, match.record_id)), match)
+    shown = {name for verified, name in best if verified}
     verified = [match for (flag, _), match in best.items() if flag]
-    others = [match for (flag, record_id), match in best.items() if not flag and record_id not in shown]
+    others = [match for (flag, name), match in best.items() if not flag and name not in shown]
     pair = [[Pair(m, copies.get(m.record_id)) for m in group] for group in (verified, others)]
     return pair[0][:most], pair[1][: max(1, most // 4) if most else 0]
 

@@ -100,6 +100,7 @@ def _template() -> jinja2.Template:
 def _texts(report: dict[str, Any], extraction: dict[str, Any] | None) -> dict[str, Any]:
     """Context that comes from report.json alone."""
     utility, pictures = report.get("utility") or {}, wording.distinct_pictures(report)
+    settings = wording.flatten((extraction or {}).get("settings") or {})
     return {
         "report": report,
         "extraction": extraction,
@@ -109,7 +110,7 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None) -> dict[st
         "not_measured": wording.not_measured(report),
         "distance_name": wording.distance_name(utility.get("features")),
         "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
-        "settings": wording.flatten((extraction or {}).get("settings") or {}),
+        "settings": [(key, value) for key, value in settings if value is not None],  # None: not of this protocol
         "fields": wording.flatten(report),
         "defenses": [_defense(entry) for entry in report.get("defenses") or []],
     }
@@ -125,7 +126,8 @@ def _pairs(
 ) -> dict[str, Any]:
     """Context ``verified`` and ``closest``: lists of {pair, generation, training}, the last two as data URIs or None."""
     copies = {row["record_id"]: int(row["copies"]) for row in manifest if row.get("copies", "").isdigit()}
-    groups = evidence.choose_pairs(matches, copies, most)
+    picture = {row["record_id"]: row["cluster"] for row in manifest if row.get("cluster")}
+    groups = evidence.choose_pairs(matches, picture, copies, most)
     if restricted:
         return {"verified": [{"pair": pair} for pair in groups[0]], "closest": []}
     shown = [pair for group in groups for pair in group]

@@ -20,16 +20,16 @@ def test_pairs_are_the_best_of_each_picture():
         match("d", "z", 0.30, 1.2, False),
         match("e", "x", 0.40, 1.9, False),  # its picture is shown already
     ]
-    verified, others = choose_pairs(matches, {"x": 40}, most=8)
+    verified, others = choose_pairs(matches, {}, {"x": 40}, most=8)
     assert [(pair.match.generation, pair.copies) for pair in verified] == [("b", 40), ("c", None)]
     assert [pair.match.generation for pair in others] == ["d"]
-    assert [len(part) for part in choose_pairs(matches, {}, most=1)] == [1, 1]
-    assert choose_pairs(matches, {}, most=0) == ([], [])
+    assert [len(part) for part in choose_pairs(matches, {}, {}, most=1)] == [1, 1]
+    assert choose_pairs(matches, {}, {}, most=0) == ([], [])
 
 
 def test_prompted_pairs_are_ordered_by_distance():
     matches = [match("a", "x", 0.10, None, True), match("b", "y", 0.05, None, True)]
-    assert [pair.match.generation for pair in choose_pairs(matches, {}, 8)[0]] == ["b", "a"]
+    assert [pair.match.generation for pair in choose_pairs(matches, {}, {}, 8)[0]] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,9 @@ def test_a_cut_log_line_is_left_out(tmp_path):
     log.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     assert read_metrics(log) == [{"step": 1, "loss": 0.5}]
     assert read_metrics(tmp_path / "missing") == []
+
+
+def test_copies_of_one_picture_are_shown_once():
+    matches = [Match("a", "x1", 0.1, 0.8, "", True), Match("b", "x2", 0.05, 0.5, "", True), Match("c", "y", 0.1, 0.9, "", True)]
+    pairs, _ = choose_pairs(matches, {"x1": "7", "x2": "7", "y": "8"}, {}, most=8)
+    assert [pair.match.generation for pair in pairs] == ["b", "c"]
