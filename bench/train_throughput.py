@@ -31,8 +31,9 @@ from train import cli
 from train import config as configuration
 from train.data import prepare
 from train.models import build
+from train.records import select_records
 from train.runlog import RunDirectory
-from train.stage import build_trainer, select_records
+from train.stage import build_trainer
 
 ROUNDS, STEPS = 16, 6
 

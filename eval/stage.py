@@ -26,8 +26,9 @@ from eval.quality import measure
 from eval.report import render
 from train.data import Dataset, summary
 from train.files import write_csv, write_json
+from train.ranks import on_main
 from train.runlog import RunDirectory, hardware, timestamp, versions
-from train.stage import SIDECAR, on_main, peak_memory
+from train.stage import SIDECAR, peak_memory
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [

@@ -10,8 +10,8 @@ from defenses.base import Defense
 from eval.config import SECTIONS as EVAL_SECTIONS
 from train import config as configuration
 from train.data import Dataset, prepare
+from train.records import select_records
 from train.runlog import RunDirectory
-from train.stage import select_records
 
 OVERRIDES = [
     "data.image_size=16",

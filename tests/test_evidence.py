@@ -89,6 +89,10 @@ def test_a_cut_log_line_is_left_out(tmp_path):
 
 
 def test_copies_of_one_picture_are_shown_once():
-    matches = [Match("a", "x1", 0.1, 0.8, "", True), Match("b", "x2", 0.05, 0.5, "", True), Match("c", "y", 0.1, 0.9, "", True)]
+    matches = [
+        Match("a", "x1", 0.1, 0.8, "", True),
+        Match("b", "x2", 0.05, 0.5, "", True),
+        Match("c", "y", 0.1, 0.9, "", True),
+    ]
     pairs, _ = choose_pairs(matches, {"x1": "7", "x2": "7", "y": "8"}, {}, most=8)
     assert [pair.match.generation for pair in pairs] == ["b", "c"]

@@ -11,9 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from defenses.errors import UserError
 from defenses.registry import DefensesConfig
 from train.data import DataConfig
-from train.loop import TrainConfig
 from train.models import ModelConfig
 from train.runlog import RunConfig
+from train.state import TrainConfig
 
 SECTIONS: dict[str, type] = {
     "run": RunConfig,

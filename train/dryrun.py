@@ -14,8 +14,9 @@ from defenses import registry
 from train.data import Dataset, prepare, summary
 from train.loop import Trainer
 from train.models import parameter_count
+from train.records import class_names, select_records
 from train.runlog import RunDirectory
-from train.stage import build_trainer, class_names, select_records
+from train.stage import build_trainer
 
 SECRET_WORDS = ("token", "secret", "password", "api_key")
 

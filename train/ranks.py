@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from defenses.errors import UserError
 
@@ -28,3 +28,9 @@ def together(accelerator, work: Callable[[], T]) -> T:
         rank, other = failures[0]
         raise UserError(*other) if isinstance(other, tuple) else RuntimeError(f"rank {rank} failed: {other}")
     return result
+
+
+def on_main(accelerator, work: Callable[[], T]) -> T:
+    """The result of ``work`` from the main process, on every rank: for what is quick and must agree to the bit."""
+    result = together(accelerator, lambda: work() if accelerator.is_main_process else None)
+    return broadcast_object_list([result])[0]

@@ -19,8 +19,9 @@ from train import config as configuration
 from train.data import prepare, write_manifest
 from train.dryrun import dry_run
 from train.loop import Interrupted
+from train.records import select_records
 from train.runlog import RunDirectory
-from train.stage import select_records, train_model
+from train.stage import train_model
 
 
 def main(arguments: cli.Arguments) -> int:

@@ -1,0 +1,101 @@
+"""What is watched during training, on all ranks: held-out losses and sample grids of the averaged weights."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
+from diffusers import DDPMScheduler
+
+from defenses.base import Batch
+from defenses.seeding import RecordRandom, derive
+from train.data import Dataset
+from train.diffusion import autocast, per_example_loss
+from train.records import class_frequency, labels_of
+from train.sampling import SamplerConfig, blocks, class_of_sample, sample
+from train.state import TrainState, averaged_weights
+
+
+def heldout_batches(
+    config: SimpleNamespace, dataset: Dataset, names: list[str], accelerator: Accelerator
+) -> dict[str, list[Batch]]:
+    """Fixed batches with fixed noise at evenly spread timesteps: this rank's share of held-out and of training records."""
+    settings = config.train
+    if not settings.heldout_every:
+        return {}
+    result = {}
+    for name, rows in (("heldout_loss", dataset.rows("heldout")), ("train_loss", dataset.rows("train", kept=True))):
+        order = np.random.Generator(np.random.Philox(derive(0, name))).permutation(rows)[: settings.heldout_records]
+        share, batches = order[accelerator.process_index :: accelerator.num_processes], []
+        for start in range(0, len(share), settings.batch_size):
+            part = share[start : start + settings.batch_size]
+            images = torch.from_numpy(dataset.images[part]).float() / 127.5 - 1
+            random = RecordRandom(0, 0, part, np.zeros(len(part), dtype=int))
+            # One stratum of the schedule per record: the spread over timesteps is even for any number of records.
+            position = (np.searchsorted(np.sort(order), part) + 0.5) / len(order)
+            timesteps = torch.from_numpy((position * settings.diffusion.timesteps).astype(np.int64))
+            noise = random.normal("heldout", *images.shape[1:])
+            batches.append(Batch(images, labels_of(dataset, part, names), random, timesteps, noise))
+        if len(order):
+            result[name] = batches
+    return result
+
+
+def heldout_losses(
+    config: SimpleNamespace,
+    state: TrainState,
+    schedule: DDPMScheduler,
+    batches: dict[str, list[Batch]],
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Deterministic mean losses of the EMA weights; the gap between the two is the onset of memorisation."""
+    device, result = accelerator.device, {}
+    with averaged_weights(state) as model:
+        for name, parts in batches.items():
+            sums = torch.zeros(2, device=device)
+            for part in parts:
+                labels = None if part.labels is None else part.labels.to(device)
+                moved = Batch(
+                    part.images.to(device), labels, part.random, part.timesteps.to(device), part.noise.to(device)
+                )
+                with autocast(device, config.train.precision):
+                    losses = per_example_loss(model, moved, schedule, config.train.diffusion.snr_gamma)
+                sums += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=device)])
+            total, count = reduce(sums, "sum").tolist()
+            result[name] = total / count
+    return result
+
+
+def sample_on_all_ranks(
+    config: SimpleNamespace,
+    dataset: Dataset,
+    state: TrainState,
+    schedule: DDPMScheduler,
+    names: list[str],
+    indices: Sequence[int],
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """Images of the EMA weights for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
+    sampler = SamplerConfig(steps=25, batch_size=8)  # small blocks, so that every rank has some
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    frequency = class_frequency(dataset, names)
+    drawn = []
+    with averaged_weights(state) as model:
+        for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
+            chosen = [indices[i] for i in block]
+            labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if names else None
+            images = sample(
+                model,
+                schedule.config,
+                sampler,
+                chosen,
+                shape,
+                seed=config.run.seed,
+                labels=labels,
+                precision=config.train.precision,
+            )
+            drawn.append((block.start, images))
+    gathered = sorted(gather_object(drawn), key=lambda pair: pair[0])
+    return torch.cat([images for _, images in gathered])
