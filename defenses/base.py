@@ -5,7 +5,8 @@ The training loop never names a defense.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,25 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class RunContext:
+    """What a defense may know of the run, given to `Defense.begin` on every rank before the first step.
+
+    Attributes:
+        pool: the training records that are left after all defenses have selected.
+        steps, batch_size, seed: of the configuration.
+        folder: run directory, for records of the defense's own.
+        accelerator: Accelerate's `Accelerator`: rank, device, collectives.
+    """
+
+    pool: Pool
+    steps: int
+    batch_size: int
+    seed: int
+    folder: Path
+    accelerator: Any
+
+
+@dataclass(frozen=True)
 class Removal:
     """One record taken out of training, as written to the manifest."""
 
@@ -49,6 +69,10 @@ class BatchPlan(Protocol):
         """Rows of the global batch, int64 [b]; b may vary and may be 0 (Poisson sampling)."""
         ...
 
+    def share(self, rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """Places in ``rows`` that one rank works on; over all ranks every place once. Keeps what must stay together."""
+        ...
+
 
 @dataclass
 class Batch:
@@ -56,6 +80,7 @@ class Batch:
 
     Attributes:
         images: float32 [B, C, H, W] in [-1, 1].
+        rows: row of each record in the data set, int64 [B].
         labels: int64 [B] class indices, or None for unconditional models.
         random: this batch's random numbers, one stream per record and purpose.
         timesteps: int64 [B], drawn after the batch seam.
@@ -63,6 +88,7 @@ class Batch:
     """
 
     images: torch.Tensor
+    rows: np.ndarray
     labels: torch.Tensor | None
     random: RecordRandom
     timesteps: torch.Tensor | None = None
@@ -71,12 +97,25 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, part: slice) -> "Batch":
+        """Some of the records, with their own random streams."""
+        cut = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if value is None else value[part] for name, value in cut.items()})
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on a device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
+
 
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]  # per-example losses, float32 [B]
 
 
 class GradientRule(Protocol):
     """Turns per-example losses into ``p.grad`` (seam 4). At most one defense brings one; otherwise it is the mean.
+
+    The rule owns the gradient whole: nothing clips or scales it afterwards. The global generator of torch is seeded from
+    ``run.seed`` before every call (dropout): noise that protects must come from a generator of the rule's own.
 
     ``prepares_model`` says whether the trainer lets Accelerate wrap the model (DDP averages raw gradients, which a rule
     that clips must not have).
@@ -135,8 +174,18 @@ class Defense:
         """Seam 1a: records to take out of training."""
         return []
 
+    def begin(self, context: RunContext) -> None:
+        """Before the first step, on every rank: what depends on the whole run. May refuse it with a `UserError`."""
+
+    def last_step(self, steps: int) -> int:
+        """Step at which training ends, asked after a resume; fewer than ``steps`` where a budget is partly spent."""
+        return steps
+
     def plan(self, rows: np.ndarray, batch_size: int, seed: int) -> BatchPlan | None:
-        """Seam 1b: how batches are drawn; None leaves it to the trainer (shuffled epochs)."""
+        """Seam 1b: how batches are drawn; None leaves it to the trainer (shuffled epochs).
+
+        A plan of its own needs a gradient rule of its own: the ordinary mean expects full batches.
+        """
         return None
 
     def change_batch(self, batch: Batch) -> Batch:

@@ -86,6 +86,23 @@ def find_copies(images: Any, pixel_hash: Sequence[str], rule: CopyRule | None = 
     return np.unique(representative, return_inverse=True)[1].astype(np.int64)
 
 
+def relatives(images: Any, pixel_hash: Sequence[str], rule: CopyRule) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of rows that are copies of each other by ``rule``, int64 i < j: what must not lie on two sides of a split.
+
+    Clusters are stars around a representative; a pair of copies may lie in two of them.
+    """
+    first: dict[str, int] = {}
+    twin = [(first.setdefault(digest, row), row) for row, digest in enumerate(pixel_hash)]
+    pairs = [pair for pair in twin if pair[0] != pair[1]]
+    rows, i, j = _candidate_rows(images, np.array(list(first.values()), dtype=np.int64), rule)
+    for place in np.unique(i):
+        kept, others = int(rows[place]), [int(rows[k]) for k in j[i == place]]
+        distances = _residuals(images, kept, others, rule)
+        pairs += [(kept, row) for row, distance in zip(others, distances, strict=True) if distance <= rule.threshold]
+    joined = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return joined[:, 0], joined[:, 1]
+
+
 def copy_groups(
     images: Any, pixel_hash: Sequence[str], rule: CopyRule | None = None, rows: np.ndarray | None = None
 ) -> list[Copy]:
@@ -112,11 +129,7 @@ def copy_groups(
 
 def _near_groups(images: Any, rows: np.ndarray, rule: CopyRule) -> dict[int, tuple[int, float]]:
     """Near copies among ascending rows of different pixels: row -> (representative, distance)."""
-    vectors, clear = _thumbnails(images, rows)
-    rows, vectors = rows[clear], vectors[clear]
-    if len(rows) < 2:
-        return {}
-    i, j = _candidates(vectors, rule)
+    rows, i, j = _candidate_rows(images, rows, rule)
     stop = np.searchsorted(i, np.arange(len(rows) + 1))
     found: dict[int, tuple[int, float]] = {}
     for place in np.unique(i):
@@ -128,6 +141,14 @@ def _near_groups(images: Any, rows: np.ndarray, rule: CopyRule) -> dict[int, tup
             if distance <= rule.threshold:
                 found[row] = kept, float(distance)
     return found
+
+
+def _candidate_rows(images: Any, rows: np.ndarray, rule: CopyRule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows with enough contrast, and the pairs of places among them that step 1 lets through."""
+    vectors, clear = _thumbnails(images, rows)
+    rows, vectors = rows[clear], vectors[clear]
+    none = np.zeros(0, dtype=np.int64)
+    return rows, *(_candidates(vectors, rule) if len(rows) > 1 else (none, none))
 
 
 def _thumbnails(images: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from defenses.augment import Augment, AugmentConfig
-from defenses.base import Defense, GradientRule
+from defenses.base import BatchPlan, Defense, GradientRule
 from defenses.dedup import Dedup, DedupConfig
 from defenses.errors import UserError
 
@@ -23,6 +25,18 @@ def build(config: DefensesConfig) -> list[Defense]:
     """The defenses that are switched on, in order of application."""
     settings = {name: getattr(config, name) for name in CLASSES}
     return [CLASSES[name](setting) for name, setting in settings.items() if setting is not None]
+
+
+def batch_plan(defenses: list[Defense], rows: np.ndarray, batch_size: int, seed: int) -> BatchPlan | None:
+    """The plan of the one defense that draws the batches, or None.
+
+    Raises:
+        UserError: two defenses want to.
+    """
+    plans = {d.name: plan for d in defenses if (plan := d.plan(rows, batch_size, seed)) is not None}
+    if len(plans) > 1:
+        raise UserError("defenses", f"{' and '.join(plans)} both draw the batches", "switch one of them off")
+    return next(iter(plans.values()), None)
 
 
 def gradient_rule(defenses: list[Defense], default: GradientRule) -> GradientRule:

@@ -37,6 +37,12 @@ class RecordRandom:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def __getitem__(self, part: slice) -> "RecordRandom":
+        """The streams of some of the records."""
+        some = RecordRandom(0, 0, [], [])
+        some._keys = self._keys[part]
+        return some
+
     def _generators(self, purpose: str):
         return [generator(seed, purpose, step, row, repeat) for seed, step, row, repeat in self._keys]
 

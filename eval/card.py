@@ -60,7 +60,7 @@ def model_card(report: dict[str, Any]) -> str:
         f"# {_text(report['run']['name'])}",
         INTRODUCTION,
         "## Training data\n\n" + _data(report["data"], report["model"] or {}),
-        "## Defenses and what they claim\n\n" + _defenses(report.get("defenses") or []),
+        "## Defenses and what they claim\n\n" + _defenses(report),
         "## Leakage and quality\n\n" + _leakage(report, extraction),
         "## How to load\n\n" + _loading(report, extraction),
         "## Intended use\n\n" + INTENDED_USE,
@@ -81,7 +81,7 @@ def _tags(report: dict[str, Any], extraction: dict[str, Any] | None) -> list[str
 def _data(data: dict[str, Any], model: dict[str, Any]) -> str:
     unit = f" from {data['units']:,} {_text(data['unit'])}s" if data.get("units") and data.get("unit") else ""
     lines = [
-        f"- Source: `{_code(data['source'])}`",
+        f"- Source: {'restricted' if data.get('restricted') else '`' + _code(data['source']) + '`'}",
         f"- {data['train']:,} training records ({data['clusters']:,} distinct pictures){unit}; {data['heldout']:,} held "
         f"out, {data['calibration']:,} for calibration, {data['rejected']:,} of {data['found']:,} rejected",
         f"- Removed as copies before training: {wording.number(data['removed_by_dedup'])}",
@@ -95,9 +95,13 @@ def _data(data: dict[str, Any], model: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _defenses(defenses: list[dict[str, Any]]) -> str:
+def _defenses(report: dict[str, Any]) -> str:
+    defenses = report["defenses"]
     if not defenses:
-        return "None known."
+        ours = (report["model"] or {}).get("steps") is not None
+        return (
+            "None: the model was trained without a defense." if ours else "None known: the model was trained elsewhere."
+        )
     return "\n".join(f"- **{_text(entry['name'])}**: {_claim(entry.get('claim') or {})}" for entry in defenses)
 
 

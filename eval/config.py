@@ -1,11 +1,13 @@
 """The evaluation's sections of the configuration."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 from defenses.errors import UserError
 from eval.extraction import ExtractionConfig, check_tier
+from eval.features import verified_bytes
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from train.sampling import SamplerConfig
@@ -52,8 +54,23 @@ def check(config: SimpleNamespace) -> None:
         UserError: a combination that must not run.
     """
     foreign = getattr(config, "pipeline", None) or getattr(config, "generations", None)
-    if config.attack.extraction is not None and foreign is None:
-        check_tier(config.attack.extraction, config.generate.count)
+    extraction = config.attack.extraction
+    if extraction is not None and foreign is None:
+        check_tier(extraction, config.generate.count)
+        if extraction.protocol == "prompted":
+            raise UserError(
+                "attack.extraction.protocol", "prompted needs a text-to-image model", "use auto or untargeted"
+            )
+    if foreign is None and config.generate.steps > config.train.diffusion.timesteps:
+        raise UserError(
+            "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
+        )
+    if config.utility.features != "random-conv":
+        verified_bytes(config.utility.weights, config.utility.weights_sha256)
+    if config.generate.prompts is not None and not Path(config.generate.prompts).is_file():
+        raise UserError(
+            "generate.prompts", f"{config.generate.prompts} is no file", "give a text file, a prompt a line"
+        )
     if not config.data.restricted:
         return
     remote = sorted(set(config.train.trackers) - LOCAL_TRACKERS)

@@ -12,6 +12,7 @@ from defenses.seeding import derive
 from eval.pictures import Pictures, Rows, shuffled
 
 _LIST = 4  # length of the neighbour lists of the permutation test, times n
+_LEAST = 64  # and at least this: lists of a few pictures often lie on one side whole
 _FEW = 50  # pictures on each side below which the control says so
 _CELLS = 2**22  # of the largest array of the permutation test
 
@@ -65,7 +66,7 @@ def control(
     for side, pictures in (("training", training), ("heldout", heldout)):
         ids = pictures.drawn(m, derive(seed, "attack/control", side))
         sides.append((pictures, np.sort(ids)))
-    found = [_nearest(candidates, pictures, ids, _LIST * rule.n, accelerator) for pictures, ids in sides]
+    found = [_nearest(candidates, pictures, ids, max(_LEAST, _LIST * rule.n), accelerator) for pictures, ids in sides]
     blocks = [pictures.block[pictures.first[np.searchsorted(pictures.ids, ids)]] for pictures, ids in sides]
     unit = "group" if training.grouped or heldout.grouped else "picture"
     p_value = None
@@ -204,7 +205,7 @@ def _nearest(candidates: np.ndarray, pictures: Pictures, ids: np.ndarray, k: int
 
 def _pooled(found: list[Neighbours], ids: list[np.ndarray], rule: Rule) -> PooledLists:
     """Both sides' lists as one, cut to the length of either: up to there it is complete."""
-    m, length = len(ids[0]), min(2 * len(ids[0]), _LIST * rule.n)
+    m, length = len(ids[0]), min(2 * len(ids[0]), max(_LEAST, _LIST * rule.n))
     place = np.concatenate([np.searchsorted(ids[i], found[i].picture) + i * m for i in range(2)], axis=1)
     distance = np.concatenate([each.distance for each in found], axis=1).astype(np.float64)
     order = np.argsort(distance, axis=1, kind="stable")[:, :length]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COPY_L2 = 0.05  # l2 below which a displayed pair looks the same (Carlini et al. 2023, section 4.1)
 MOST_PIXELS, MOST_SIDE = 64_000_000, 256  # of a generation that is read; of what is shown
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -90,19 +89,6 @@ def choose_pairs(
     others = [match for (flag, name), match in best.items() if not flag and name not in shown]
     pair = [[Pair(m, copies.get(m.record_id)) for m in group] for group in (verified, others)]
     return pair[0][:most], pair[1][: max(1, most // 4) if most else 0]
-
-
-def harmless(match: Match | None, verify_l2: float) -> bool:
-    """Whether a generation may appear in the report of a restricted data set.
-
-    Not if it passed the attack, is a member of a clique, or is as close to a training picture as a copy; and not if it
-    was never compared.
-    """
-    if match is None or match.verified or match.clique:
-        return False
-    if match.score is not None:
-        return match.score > 1 and (match.l2 is None or match.l2 > COPY_L2)
-    return match.l2 is not None and match.l2 > verify_l2
 
 
 def generation_files(folder: Path) -> dict[str, Path]:

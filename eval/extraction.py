@@ -62,13 +62,11 @@ class Extraction:
     Attributes:
         report: report.json, ``privacy.extraction``, without ``sampler`` and ``seconds``.
         matches: rows of matches.csv, one per generation.
-        pictures: verified pictures with their best generation, nearest first: record_id, generation, l2, adaptive_score, copies.
         cliques: rows of cliques.csv, flagged prompts first, tightest first; empty for the untargeted protocol.
     """
 
     report: dict[str, Any]
     matches: list[dict[str, Any]]
-    pictures: list[dict[str, Any]]
     cliques: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -151,7 +149,7 @@ def untargeted(
         ),
         "by_copies": training.by_copies(verified),
     }  # fmt: skip
-    return Extraction(report, matches, best_matches(matches, training))
+    return Extraction(report, matches)
 
 
 def match_rows(
@@ -171,25 +169,14 @@ def match_rows(
     ]
 
 
-def best_matches(matches: list[dict[str, Any]], training: Pictures) -> list[dict[str, Any]]:
-    """The nearest verified generation of every verified picture, nearest first."""
-    row_of = {record_id: row for row, record_id in enumerate(training.record_id)}
-    best: dict[int, dict[str, Any]] = {}
-    for match in sorted((match for match in matches if match["verified"]), key=lambda match: match["l2"]):
-        row = row_of[match["record_id"]]
-        entry = {key: match[key] for key in ("record_id", "generation", "l2", "adaptive_score")}
-        best.setdefault(int(training.picture[row]), entry | {"copies": int(training.copies[row])})
-    return list(best.values())
-
-
-def counts(training: Pictures, verified: np.ndarray, others: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+def counts(training: Pictures, verified: np.ndarray, others: dict[str, np.ndarray | None], seed: int) -> dict[str, Any]:
     """Verified distinct pictures by the rule and its variants, the people behind them, and the rate with its interval."""
     flags, block = np.isin(training.ids, verified), training.block[training.first]
     low, high, method = rate_interval(flags, block, training.grouped, derive(seed, "attack/interval"))
     return {
         "verified": len(verified),
         "verified_units": training.units(verified),
-        **{f"verified_{name}": len(ids) for name, ids in others.items()},
+        **{f"verified_{name}": None if ids is None else len(ids) for name, ids in others.items()},
         "rate": len(verified) / len(training.ids),
         "rate_ci95": [low, high],
         "rate_ci95_method": method,

@@ -102,7 +102,7 @@ def build_extractor(
     """
     if name == "random-conv":
         return _extractor(RandomConv(), device)
-    content = _verified_bytes(weights, weights_sha256)
+    content = verified_bytes(weights, weights_sha256)
     model = _load_inception(content) if name == "inception" else _load_dinov2(content, Path(str(weights)))
     return _extractor(model, device)
 
@@ -144,7 +144,7 @@ def _extractor(model: nn.Module, device: torch.device) -> FeatureExtractor:
     return extract
 
 
-def _verified_bytes(weights: str | None, weights_sha256: str | None) -> bytes:
+def verified_bytes(weights: str | None, weights_sha256: str | None) -> bytes:
     """The file's content, read once, so that what was hashed is what is loaded."""
     if not weights:
         raise UserError(

@@ -41,9 +41,9 @@ class Pictures:
         return any(group is not None for group in self.group)
 
     def units(self, ids: np.ndarray) -> int:
-        """Distinct groups that hold one of these pictures; a record without group is a unit by its picture."""
+        """Distinct groups that hold one of these pictures; a record without group is a unit of its own."""
         rows = np.flatnonzero(np.isin(self.picture, ids))
-        return len({(self.group[row] is None, self.group[row] or int(self.picture[row])) for row in rows})
+        return len({(self.group[row] is None, self.group[row] or self.record_id[row]) for row in rows})
 
     def by_copies(self, ids: np.ndarray) -> dict[str, dict[str, int]]:
         """Number of pictures, and how many of them are among ``ids``, for each number of copies."""

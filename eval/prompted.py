@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from defenses.errors import UserError
 from defenses.exact import centred, l2_of, squared_differences
 from defenses.neighbours import VIEWS, Neighbours, search, search_sharded
 from eval.cliques import largest_clique
 from eval.control import Rule, control
-from eval.extraction import Extraction, ExtractionConfig, at_l2, best_matches, counts, match_rows, tier_of
+from eval.extraction import Extraction, ExtractionConfig, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
 from train.ranks import together
 
@@ -34,7 +35,6 @@ class _Prompt:
     matches: list[dict[str, Any]]
     medoid: int
     image: np.ndarray | None  # uint8 [C, H, W], the candidate; None unless flagged
-    best: np.ndarray  # float64 [P], l2 of each training picture to its nearest generation
 
 
 def prompted(
@@ -55,14 +55,22 @@ def prompted(
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
 
+    prompts = list(prompts)
+    _refuse_hopeless(config, [len(names) for _, names, _ in prompts])
+    best = np.full(len(training.ids), np.inf)  # of each picture over all generations, this rank's
+
     def work() -> list[_Prompt]:
-        return [
-            _attack(index, *prompt, training, config, accelerator.device if accelerator else "cpu")
-            for index, prompt in enumerate(prompts)
-            if index % world == rank
-        ]
+        found = []
+        for index in range(rank, len(prompts), world):
+            result, nearest = _attack(
+                index, *prompts[index], training, config, accelerator.device if accelerator else "cpu"
+            )
+            np.minimum(best, nearest, out=best)
+            found.append(result)
+        return found
 
     results = work() if world == 1 else gather_object(together(accelerator, work))
+    best = best if world == 1 else np.min(gather_object([best]), axis=0)
     results.sort(key=lambda result: result.index)
     flagged = sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
     candidates = (
@@ -74,7 +82,7 @@ def prompted(
         result.row["verified"] = result.matches[result.medoid]["verified"] = bool(passed)
     matches = [match for result in results for match in result.matches]
     verified = rule.verified(found.distinct)
-    variants = {"identity_view": rule.verified(found.identity), "paper_rule": rule.verified(found.records)}
+    variants = {"identity_view": rule.verified(found.identity), "paper_rule": None}  # the same rule: it has no mean
     sizes = [result.row["generations"] for result in results]
     report = {
         "protocol": "prompted",
@@ -84,7 +92,7 @@ def prompted(
         "prompts": len(sizes),
         "candidates": len(flagged),
         **counts(training, verified, variants, seed),
-        "at_l2": at_l2(np.min([r.best for r in results], axis=0) if results else np.full(len(training.ids), np.inf)),
+        "at_l2": at_l2(best),
         "control": control(
             candidates, training, heldout, rule, accelerator,
             exchangeable=exchangeable, permutations=config.permutations, seed=seed,
@@ -92,7 +100,7 @@ def prompted(
         "by_copies": training.by_copies(verified),
     }  # fmt: skip
     rest = [result for result in results if not result.row["flagged"]]
-    return Extraction(report, matches, best_matches(matches, training), [result.row for result in flagged + rest])
+    return Extraction(report, matches, [result.row for result in flagged + rest])
 
 
 def tiled_l2(images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
@@ -126,7 +134,7 @@ def _attack(
     training: Pictures,
     config: ExtractionConfig,
     device: Any,
-) -> _Prompt:
+) -> tuple[_Prompt, np.ndarray]:
     images = images() if callable(images) else images
     distance = tiled_l2(images, device)
     joined = distance <= config.edge_threshold
@@ -153,7 +161,17 @@ def _attack(
         "l2": matches[medoid]["l2"] if flagged else None,
         "verified": False,
     }
-    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None, result.best_distance)
+    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result.best_distance
+
+
+def _refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
+    if sizes and all(size < clique_size(config, size) for size in sizes):
+        need = min(clique_size(config, size) for size in sizes)
+        raise UserError(
+            "attack.extraction.clique_size",
+            f"a clique of {need} cannot exist among {max(sizes)} images of a prompt",
+            "generate more images per prompt (generate.per_prompt)",
+        )
 
 
 def _settings(config: ExtractionConfig, results: list[_Prompt]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def measure(
         "n_generated": len(generated),
         **frechet(generated_features, reference_features, seed),
         **kernel(generated_features, reference_features, config.kid_subsets, config.kid_subset_size, seed),
-        **precision_recall(generated_features, reference_features, config.neighbourhood),
+        **precision_recall(generated_features, reference_features, config.neighbourhood, seed),
         "downstream": None,
     }
 
@@ -117,22 +117,29 @@ def kernel(
     return {"kid": result[KEY_METRIC_KID_MEAN], "kid_std": deviation, "kid_subset_size": size}
 
 
-def precision_recall(generated: torch.Tensor, reference: torch.Tensor, neighbourhood: int) -> dict[str, float | None]:
+def precision_recall(
+    generated: torch.Tensor, reference: torch.Tensor, neighbourhood: int, seed: int
+) -> dict[str, float | int | None]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 2): share of each set in the other's k-nearest balls.
+
+    Of equal numbers of both, ``prc_n``: recall grows with the number of generations.
 
     Args:
         generated, reference: float64 [N, D].
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    if min(len(generated), len(reference)) <= neighbourhood:
-        return {"precision": None, "recall": None, "neighbourhood": neighbourhood}
+    size = min(len(generated), len(reference))
+    if size <= neighbourhood:
+        return {"precision": None, "recall": None, "prc_n": size, "neighbourhood": neighbourhood}
+    sets = _choose(generated, size, seed, "generated"), _choose(reference, size, seed, "reference")
     result = prc_features_to_metric(
-        generated, reference, prc_neighborhood=neighbourhood, save_cpu_ram=True, prc_batch_size=2048, verbose=False
+        *sets, prc_neighborhood=neighbourhood, save_cpu_ram=True, prc_batch_size=2048, verbose=False
     )
     return {
         "precision": result[KEY_METRIC_PRECISION],
         "recall": result[KEY_METRIC_RECALL],
+        "prc_n": size,
         "neighbourhood": neighbourhood,
     }
 

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from train.files import atomic
 
 BUDGET_BYTES = 550_000  # of encoded pictures in the pairs, and again in the grid: the page stays below 2 MB
 VERIFY_L2 = 0.15  # of the prompted protocol (Carlini et al. 2023, section 4.2), where the report does not say
+
+NAMING = ("run.command", "data.source", "data.generations_rejected")  # fields that may hold names of files or people
 
 Images = Callable[[str], np.ndarray]  # record_id -> uint8 [C, H, W]
 
@@ -54,7 +56,7 @@ def render(
         run_dir: holds ``attack/``; a file that is not there leaves its part of the page out.
         report: contents of report.json.
         images: training picture of a record; never called where ``restricted``.
-        restricted: ``data.restricted``: neither a training picture nor a generation that resembles one is shown.
+        restricted: ``data.restricted``: no picture, no file name and no record id is shown.
         generations: folder of the generated images; None: ``run_dir/generations``.
         trained_in: directory with ``metrics.jsonl`` and ``manifest.csv``; None: ``run_dir``.
     """
@@ -64,9 +66,9 @@ def render(
     files = evidence.generation_files(generations or run_dir / "generations")
     verify_l2 = float(((extraction or {}).get("settings") or {}).get("verify_l2", VERIFY_L2))
     page = _template().render(
-        **_texts(report, extraction),
+        **_texts(report, extraction, restricted),
         **_pairs(matches, manifest, files, images, restricted, config.pairs),
-        **_grid(matches, files, restricted, verify_l2, config.grid),
+        **_grid(files, restricted, config.grid),
         restricted=restricted,
         cliques=_cliques(run_dir, restricted),
         curves=plots.training_curves(evidence.read_metrics((trained_in or run_dir) / "metrics.jsonl")),
@@ -97,7 +99,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.j2")
 
 
-def _texts(report: dict[str, Any], extraction: dict[str, Any] | None) -> dict[str, Any]:
+def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted: bool) -> dict[str, Any]:
     """Context that comes from report.json alone."""
     utility, pictures = report.get("utility") or {}, wording.distinct_pictures(report)
     settings = wording.flatten((extraction or {}).get("settings") or {})
@@ -111,7 +113,9 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None) -> dict[st
         "distance_name": wording.distance_name(utility.get("features")),
         "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
         "settings": [(key, value) for key, value in settings if value is not None],  # None: not of this protocol
-        "fields": wording.flatten(report),
+        "fields": [
+            (key, value) for key, value in wording.flatten(report) if not (restricted and key.startswith(NAMING))
+        ],
         "defenses": [_defense(entry) for entry in report.get("defenses") or []],
     }
 
@@ -129,7 +133,11 @@ def _pairs(
     picture = {row["record_id"]: row["cluster"] for row in manifest if row.get("cluster")}
     groups = evidence.choose_pairs(matches, picture, copies, most)
     if restricted:
-        return {"verified": [{"pair": pair} for pair in groups[0]], "closest": []}
+        numbered = [
+            replace(pair, match=replace(pair.match, record_id=f"picture {i}", generation=""))
+            for i, pair in enumerate(groups[0], 1)
+        ]  # a record's id is a hash of its file name: whoever has a list of names could look it up
+        return {"verified": [{"pair": pair} for pair in numbered], "closest": []}
     shown = [pair for group in groups for pair in group]
     paths = [files.get(pair.match.generation) for pair in shown]
     generated = [evidence.read_image(path) if path else None for path in paths]
@@ -140,15 +148,11 @@ def _pairs(
     return {"verified": rows[: len(groups[0])], "closest": rows[len(groups[0]) :]}
 
 
-def _grid(
-    matches: list[evidence.Match], files: dict[str, Path], restricted: bool, verify_l2: float, most: int
-) -> dict[str, Any]:
-    """Context ``grid`` (data URIs of the first generations) and ``grid_hidden`` (how many of them were withheld)."""
-    by_name = {match.generation: match for match in matches}
-    first = list(islice(files.items(), most))
-    allowed = [path for name, path in first if not restricted or evidence.harmless(by_name.get(name), verify_l2)]
-    pictures = [image for path in allowed if (image := evidence.read_image(path)) is not None]
-    return {"grid": evidence.encode(pictures, BUDGET_BYTES), "grid_hidden": len(first) - len(allowed)}
+def _grid(files: dict[str, Path], restricted: bool, most: int) -> dict[str, Any]:
+    """Context ``grid``: data URIs of the first generations. None of restricted data: a turned copy passes no distance."""
+    first = [] if restricted else islice(files.values(), most)
+    pictures = [image for path in first if (image := evidence.read_image(path)) is not None]
+    return {"grid": evidence.encode(pictures, BUDGET_BYTES)}
 
 
 def _defense(entry: dict[str, Any]) -> dict[str, Any]:

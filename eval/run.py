@@ -15,7 +15,7 @@ if not __package__:  # `accelerate launch eval/run.py` puts eval/ first on the p
 from pathlib import Path
 from types import SimpleNamespace
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from defenses.errors import UserError
 from eval.config import SECTIONS as EVAL_SECTIONS
@@ -25,19 +25,26 @@ from train import cli
 from train import config as configuration
 from train.data import prepare, write_manifest
 from train.runlog import RunConfig, RunDirectory
+from train.stage import SIDECAR
 
 TARGETS = ("run_dir", "pipeline", "generations")
 
 
 def main(arguments: cli.Arguments) -> int:
     """Evaluates one target; returns the exit status."""
-    targets = {name: None for name in TARGETS}
-    sections = {**configuration.SECTIONS, **EVAL_SECTIONS, **targets}
+    if arguments.dry_run:
+        raise UserError("--dry-run", "is for train/run.py", "leave it out")
     given = [text.partition("=")[0] for text in arguments.overrides]
     chosen = [name for name in TARGETS if name in given]
     if len(chosen) != 1:
         raise UserError("run_dir", f"{len(chosen)} of {', '.join(TARGETS)} are given", "give exactly one of them")
-    tree = configuration.load(sections, base_file(arguments, chosen[0]), overrides_of(arguments, chosen[0]))
+    sections = {**configuration.SECTIONS, **EVAL_SECTIONS, **{name: None for name in TARGETS}}
+    check_fixed(arguments, chosen[0])
+    if chosen[0] == "run_dir":  # the run's own file has the run's name
+        defaults, overrides = [], ["run.name=again", *arguments.overrides]
+    else:
+        defaults, overrides = [f"run.name=eval-{chosen[0]}", "data.source=???"], arguments.overrides
+    tree = configuration.load(sections, base_file(arguments, chosen[0]), overrides, defaults)
     config = configuration.objects(tree)
     check(config)
     accelerator = cli.start(config)
@@ -55,14 +62,15 @@ def base_file(arguments: cli.Arguments, target: str) -> Path | None:
     folder = Path(next(text.partition("=")[2] for text in arguments.overrides if text.startswith("run_dir=")))
     if not (folder / "config.yaml").is_file():
         raise UserError("run_dir", f"{folder} holds no config.yaml", "give the directory of a run")
+    restricted = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "data.restricted", default=False)
+    if restricted and any(text.startswith("data.restricted=") for text in arguments.overrides):
+        raise UserError("data.restricted", "cannot be lifted from a run on restricted data", "leave it out")
     return folder / "config.yaml"
 
 
-def overrides_of(arguments: cli.Arguments, target: str) -> list[str]:
-    """A second evaluation has a name of its own, and trains nothing."""
-    if target != "run_dir":
-        return [f"run.name=eval-{target}", "data.source=???", *arguments.overrides]
-    keys = [text.partition("=")[0] for text in arguments.overrides]
+def check_fixed(arguments: cli.Arguments, target: str) -> None:
+    """What was trained cannot be changed by evaluating it."""
+    keys = [text.partition("=")[0] for text in arguments.overrides] if target == "run_dir" else []
     fixed = [
         key for key in keys if key.split(".")[0] in ("data", "model", "train", "defenses") and key != "data.restricted"
     ]
@@ -72,14 +80,13 @@ def overrides_of(arguments: cli.Arguments, target: str) -> list[str]:
             "cannot be changed after training",
             "only run.*, generate.*, attack.*, utility.*, report.*, data.restricted",
         )
-    return ["run.name=again", *arguments.overrides]
 
 
 def evaluate_run(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:
     """Into RUN_DIR/eval/<run.name>/, never over the run's own report."""
     folder = Path(config.run_dir).resolve()
     directory = RunDirectory(RunConfig(name=folder.name, output_dir=str(folder.parent)))
-    if not directory.report.exists() and not (directory.model / "model_index.json").exists():
+    if not (directory.model / SIDECAR).exists() or not (directory.prepared / "prepared.json").exists():
         raise UserError("run_dir", f"{folder} has no trained model yet", "finish the run first: give its command again")
     output = RunDirectory(RunConfig(name=config.run.name, output_dir=str(folder / "eval")))
     output.open(tree, cli.command_line())
@@ -110,6 +117,7 @@ def finish(output: RunDirectory, accelerator, target, config: SimpleNamespace) -
         return 0
     evaluate(target(), config, accelerator)
     accelerator.print(f"report: {output.path / 'report.html'}")
+    accelerator.end_training()
     return 0
 
 

@@ -225,11 +225,7 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
         raise UserError(
             "generations", f"{folder} is no folder", "give a folder of images, or of one sub-folder per prompt"
         )
-    flat = sorted(
-        p
-        for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".") and p.suffix not in (".csv", ".json", ".txt")
-    )
+    flat = _images(folder)
     nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if flat and nested:
         raise UserError(
@@ -239,16 +235,14 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
         )
     rejected: dict[str, str] = {}
     groups = []
-    for name, files in (
-        [("", flat)] if flat else [(p.name, sorted(f for f in p.iterdir() if f.is_file())) for p in nested]
-    ):
+    for name, files in [("", flat)] if flat else [(p.name, _images(p)) for p in nested]:
         usable = []
         for file in files:
             relative = str(file.relative_to(folder))
             try:
                 _read(file, image_size, channels)
                 usable.append(relative)
-            except Rejected as reason:
+            except (Rejected, OSError) as reason:
                 rejected[relative] = str(reason)
         if usable:
             groups.append((name, usable))
@@ -257,10 +251,17 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
     return Generations(folder, groups, rejected)
 
 
+def _images(folder: Path) -> list[Path]:
+    """Files that may be generations: no hidden (half-written) ones, no tables and texts."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix not in (".csv", ".json", ".txt"))
+
+
 def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
     if file.suffix == ".png":  # our own files, and any that need no conversion, without the general decoder
-        with contextlib.suppress(Exception), Image.open(file) as image:
+        with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:
             plain = image.size == (image_size, image_size) and not getattr(image, "is_animated", False)
+            plain = plain and not image.has_transparency_data
             if plain and image.mode == ("L" if channels == 1 else "RGB"):
                 pixels = np.asarray(image)
                 return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

@@ -20,7 +20,7 @@ from defenses import registry
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval import samples
-from eval.extraction import Extraction, Pictures, untargeted
+from eval.extraction import Extraction, Pictures, check_tier, untargeted
 from eval.prompted import prompted
 from eval.quality import measure
 from eval.report import render
@@ -149,9 +149,14 @@ def attack(
     options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
     protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
     if protocol == "prompted":
+        if not images.prompted:
+            raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
+        sizes = [len(files) for _, files in images.groups]
+        check_tier(settings, sum(sizes), len(sizes), min(sizes))
         groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
         return prompted(groups, training, heldout, settings, accelerator, **options)
     names = [name for _, files in images.groups for name in files]
+    check_tier(settings, len(names))
     return untargeted(
         images.read(names, size, channels), training, heldout, settings, accelerator, names=names, **options
     )

@@ -156,6 +156,11 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         sentences.append("That is a statement about this attack and its size: a stronger attack can find more.")
     elif p_value is not None and p_value <= 0.05:
         level, title = "leak", "The model gives training pictures away"
+    elif p_value is None:
+        level, title = (
+            "unclear",
+            "Hits, without a p-value: the held-out pictures are not drawn like the training pictures",
+        )
     else:
         level, title = "unclear", "Hits, but the control does not tell them from chance"
     return {"level": level, "title": title, "sentences": sentences}

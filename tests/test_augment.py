@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ def make_batch(rows, images=None, step=3):
     if images is None:
         generators = [torch.Generator().manual_seed(int(row)) for row in rows]
         images = torch.stack([torch.rand(1, 16, 16, generator=g) for g in generators]) * 2 - 1
-    return Batch(images=images, labels=None, random=RecordRandom(7, step, rows, [0] * len(rows)))
+    return Batch(images=images, rows=np.asarray(rows), labels=None, random=RecordRandom(7, step, rows, [0] * len(rows)))
 
 
 def apply(batch, **settings):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class Fixed(nn.Module):
 
 def batch_of(images: torch.Tensor, timesteps: torch.Tensor) -> Batch:
     random = RecordRandom(0, 0, range(len(images)), [0] * len(images))
-    return Batch(images, None, random, timesteps, random.normal("noise", *images.shape[1:]))
+    return Batch(images, np.arange(len(images)), None, random, timesteps, random.normal("noise", *images.shape[1:]))
 
 
 def snr_by_hand(schedule, t: int) -> float:
@@ -68,8 +69,8 @@ def test_the_two_predictions_weight_the_error_of_the_image_alike():
 def test_draw_is_per_record():
     schedule = noise_schedule(DiffusionConfig())
     images = torch.zeros(64, 1, 4, 4)
-    batch = draw(Batch(images, None, RecordRandom(0, 0, range(64), [0] * 64)), schedule)
-    single = draw(Batch(images[:1], None, RecordRandom(0, 0, [9], [0])), schedule)
+    batch = draw(Batch(images, np.arange(64), None, RecordRandom(0, 0, range(64), [0] * 64)), schedule)
+    single = draw(Batch(images[:1], np.array([9]), None, RecordRandom(0, 0, [9], [0])), schedule)
     assert batch.timesteps[9] == single.timesteps[0]
     torch.testing.assert_close(batch.noise[9], single.noise[0], rtol=0, atol=0)
     assert len(batch.timesteps.unique()) > 50 and batch.timesteps.max() < 1000

@@ -28,10 +28,11 @@ TEN_STEPS = [
 
 
 def launch(processes: int, script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    """One process by `accelerate launch`; several by torchrun, because Accelerate starts several on CPUs only with MPI."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -47,16 +48,22 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_weights_agree_within_rounding(runs):
-    """After ten steps with 2 micro-batches and an odd batch the largest difference stays below 2e-4 of a weight's scale.
+def test_there_really_were_two(runs):
+    sizes = [json.loads((runs / f"p{p}" / "report.json").read_text())["run"]["world_size"] for p in (1, 2)]
+    assert sizes == [1, 2]
 
-    The gradients are the same sums in another order (float32, relative error about 1e-7); Adam divides by their size, so
-    a weight whose gradient is nearly zero moves by up to the learning rate times its relative error.
+
+def test_weights_agree_within_rounding(runs):
+    """After ten steps with two micro-batches and an odd batch: on average within 1e-6, at most 1e-3.
+
+    The gradients are the same sums in another order (float32, relative error about 1e-7), but Adam divides by their size:
+    a weight whose gradient is zero but for rounding, such as the bias of the attention's keys, moves by up to the learning
+    rate (1e-3) per step in a direction that rounding decides. All other weights agree to 1e-4.
     """
     one, two = (load_file(runs / f"p{p}" / "checkpoints" / "step-10" / "model.safetensors") for p in (1, 2))
-    start = 1e-3  # of the learning rate: ten steps at up to 1e-3 move a weight by up to 1e-2
-    differences = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
-    assert differences.max() < 0.2 * start and differences.mean() < 1e-6
+    worst = {name: (one[name] - two[name]).abs().max().item() for name in one}
+    assert torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean() < 1e-6
+    assert max(difference for name, difference in worst.items() if not name.endswith("to_k.bias")) < 1e-4, worst
 
 
 def test_logged_losses_agree(runs):
@@ -93,9 +100,14 @@ def test_two_processes_prepare_the_same_data(runs):
     assert without_group[0] == without_group[1]  # groups are salted per run
 
 
+def test_dry_run_with_two_processes(tmp_path):
+    done = launch(2, "train/run.py", "--dry-run", *TEN_STEPS, f"run.output_dir={tmp_path}")
+    assert done.stdout.count("parameters 1062497") == 1 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_mistakes_are_one_line_without_traceback(processes, tmp_path):
     done = launch(processes, "train/run.py", "train.step=5", f"run.output_dir={tmp_path}", check=False)
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(ours) == 1 and "train.step" in ours[0]
-    assert "train/run.py" not in "".join(line for line in done.stderr.splitlines() if line.strip().startswith("File"))
+    assert "train/config.py" not in done.stderr  # nothing of ours in a traceback; the launcher may add its own

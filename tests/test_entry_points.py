@@ -221,8 +221,12 @@ def test_generation_resumes(finished, monkeypatch):
 
 def test_restricted_run_shows_no_training_picture(finished):
     evaluation.main(cli.Arguments(None, False, [f"run_dir={finished}", "run.name=closed", "data.restricted=true"]))
-    report = json.loads((finished / "eval" / "closed" / "report.json").read_text())
+    folder = finished / "eval" / "closed"
+    report = json.loads((folder / "report.json").read_text())
     assert report["data"]["restricted"] is True
+    assert "data:image/png" not in (folder / "report.html").read_text()  # plots are SVG
+    with pytest.raises(UserError, match=r"data\.restricted: cannot be lifted"):
+        evaluation.main(cli.Arguments(None, False, [f"run_dir={folder}", "data.restricted=false"]))
 
 
 def test_push_uploads_the_model_and_its_card_only(finished, monkeypatch):

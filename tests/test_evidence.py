@@ -2,10 +2,9 @@ import base64
 import io
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from eval.evidence import Match, choose_pairs, encode, generation_files, harmless, read_image, read_metrics
+from eval.evidence import Match, choose_pairs, encode, generation_files, read_image, read_metrics
 
 
 def match(name, record, l2, score, verified):
@@ -30,25 +29,6 @@ def test_pairs_are_the_best_of_each_picture():
 def test_prompted_pairs_are_ordered_by_distance():
     matches = [match("a", "x", 0.10, None, True), match("b", "y", 0.05, None, True)]
     assert [pair.match.generation for pair in choose_pairs(matches, {}, {}, 8)[0]] == ["b", "a"]
-
-
-@pytest.mark.parametrize(
-    ("l2", "score", "clique", "verified", "shown"),
-    [
-        (0.2, 1.001, "", False, True),
-        (0.2, 1.0, "", False, False),
-        (0.2, 1.2, "", True, False),
-        (0.051, 1.2, "", False, True),
-        (0.05, 1.2, "", False, False),
-        (0.151, None, "", False, True),
-        (0.15, None, "", False, False),
-        (0.2, None, "3", False, False),
-        (None, None, "", False, False),
-    ],
-)
-def test_what_a_restricted_report_may_show(l2, score, clique, verified, shown):
-    assert harmless(Match("g", "r", l2, score, clique, verified), verify_l2=0.15) == shown
-    assert not harmless(None, verify_l2=0.15)
 
 
 def test_pictures_survive_encoding_or_shrink_together():

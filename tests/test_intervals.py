@@ -35,7 +35,7 @@ def test_bootstrap_has_the_width_of_the_number_of_groups():
     """100 groups of 10 pictures that are all verified or all not: as wide as 100 draws, not as 1000."""
     flags, block = np.repeat(np.arange(100) < 30, 10), np.repeat(np.arange(100), 10)
     low, high, method = rate_interval(flags, block, grouped=True)
-    assert method == "percentile bootstrap over 100 groups"
+    assert method == "bootstrap over 100 groups, at least Wilson's"
     expected = 2 * 1.96 * np.sqrt(0.3 * 0.7 / 100)
     assert high - low == pytest.approx(expected, rel=0.12)
     assert rate_interval(flags, block, grouped=True) == (low, high, method)
@@ -51,6 +51,20 @@ def test_bootstrap_covers_the_true_rate():
         low, high, _ = rate_interval(random.random(len(block)) < chance, block, grouped=True)
         covered += low <= 0.2 <= high
     assert covered >= 34  # 38 expected; fewer than 34 has a chance below 1 % at a true coverage of 95 %
+
+
+def test_interval_covers_a_rate_of_few_hits():
+    """Three hits expected in 100 patients of one picture each: the percentile bootstrap alone covers about 80 %."""
+    random, covered = np.random.default_rng(1), 0
+    for trial in range(200):
+        low, high, _ = rate_interval(random.random(100) < 0.03, np.arange(100), grouped=True, seed=trial)
+        covered += low <= 0.03 <= high
+    assert covered >= 182  # 190 expected at 95 %; fewer than 182 has a chance of about 1 %
+
+
+def test_one_group_says_little():
+    low, high, _ = rate_interval(np.arange(10) < 1, np.zeros(10, int), grouped=True)
+    assert high - low > 0.5
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 0), (3, 2), (-1, 5)])

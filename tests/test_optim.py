@@ -12,7 +12,7 @@ from train.optim import MeanGradient, OptimizerConfig, build_optimizer, build_sc
 
 def microbatches(images: torch.Tensor, parts: int) -> list[Batch]:
     rows = torch.arange(len(images)).chunk(parts)
-    return [Batch(images[r], None, RecordRandom(0, 0, r.tolist(), [0] * len(r))) for r in rows]
+    return [Batch(images[r], r.numpy(), None, RecordRandom(0, 0, r.tolist(), [0] * len(r))) for r in rows]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])

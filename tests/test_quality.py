@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from defenses.errors import UserError
@@ -57,10 +58,24 @@ def test_feature_pair(vectors, shared):
 
 
 def test_frechet_uses_equal_numbers():
-    values = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 4)))
-    assert frechet(values, values[:60] + 0, seed=1)["fid_n"] == 60
-    # n points of one law: the bias shrinks with n, so a distance that used all 500 would differ from one of 60 and 60
-    assert frechet(values, values, seed=1)["fid_n"] == 500
+    """Of two samples of one law the distance is bias alone, which falls with the numbers: all 500 would give a smaller one."""
+    random = np.random.default_rng(0)
+    values, equal, unequal = random.normal(size=(40, 560, 4)), [], []
+    for sample in values:
+        generated, reference = torch.from_numpy(sample[:500]), torch.from_numpy(sample[500:])
+        result = frechet(generated, reference, seed=1)
+        assert result["fid_n"] == 60
+        equal.append(result["fid"])
+        unequal.append(frechet_of_moments(sample[:500], sample[500:]))
+    fresh = [frechet_of_moments(sample[:60], sample[500:]) for sample in values]
+    assert np.mean(equal) == pytest.approx(np.mean(fresh), rel=0.2)
+    assert np.mean(equal) > 1.4 * np.mean(unequal)
+
+
+def frechet_of_moments(x: np.ndarray, y: np.ndarray) -> float:
+    """|m - n|^2 + tr(A + B - 2 (A B)^(1/2)) by scipy."""
+    a, b = np.cov(x.T), np.cov(y.T)
+    return float(np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b - 2 * np.real(sqrtm(a @ b))))
 
 
 def share_inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
@@ -71,8 +86,8 @@ def share_inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
 
 def test_precision_and_recall_by_their_definition():
     rng = np.random.default_rng(0)
-    generated, reference = rng.normal(size=(90, 5)), rng.normal(0.6, 1.3, size=(70, 5))
-    ours = precision_recall(torch.from_numpy(generated), torch.from_numpy(reference), 3)
+    generated, reference = rng.normal(size=(80, 5)), rng.normal(0.6, 1.3, size=(80, 5))
+    ours = precision_recall(torch.from_numpy(generated), torch.from_numpy(reference), 3, seed=0)
     precision, recall = share_inside(generated, reference, 3), share_inside(reference, generated, 3)
     assert 0.2 < recall < precision < 1
     assert ours["precision"] == pytest.approx(precision) and ours["recall"] == pytest.approx(recall)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from defenses import registry
 from defenses.base import Batch, Defense, Removal, Verdict
 from defenses.errors import UserError
+from defenses.seeding import RecordRandom
 from tests.small import opened
 from train.stage import train_model
 
@@ -63,6 +64,9 @@ def test_plan_draws_the_batches_even_empty_ones(tmp_path, monkeypatch):
                     self.drawn.append(step)
                     return rows[:0] if step == 2 else rows[: step + 1]
 
+                def share(_, rows, rank, world_size):
+                    return np.arange(rank, len(rows), world_size)
+
             return Plan()
 
         def gradient_rule(self):
@@ -85,13 +89,7 @@ class SumOfClipped:
         losses = [torch.zeros(0)]
         for microbatch in microbatches:
             for i in range(len(microbatch)):
-                one = Batch(
-                    microbatch.images[i : i + 1],
-                    None,
-                    microbatch.random,
-                    microbatch.timesteps[i : i + 1],
-                    microbatch.noise[i : i + 1],
-                )
+                one = microbatch[i : i + 1]
                 value = loss(model, one)
                 gradients = torch.autograd.grad(value.sum(), parameters)
                 norm = torch.stack([g.norm() for g in gradients]).norm()
@@ -104,22 +102,65 @@ class SumOfClipped:
 
 
 def test_gradient_rule_owns_the_update(tmp_path, monkeypatch):
-    """With plain SGD-like accounting: the gradient written by the rule is what the optimizer sees."""
+    """What the rule wrote is what the optimizer sees, element by element: nothing clips or averages it afterwards."""
 
     class Clip(Base):
         def gradient_rule(self):
-            return SumOfClipped()
+            return Recording()
 
-    seen = []
+    class Recording(SumOfClipped):
+        def backward(self, model, *arguments):
+            losses = super().backward(model, *arguments)
+            for parameter in model.parameters():
+                parameter.grad *= 50  # far beyond the trainer's own max_grad_norm
+            written.append([parameter.grad.clone() for parameter in model.parameters()])
+            return losses
+
+    written, seen = [], []
     original = torch.optim.AdamW.step
 
     def spy(self, *args, **kwargs):
-        seen.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    run(tmp_path, monkeypatch, Clip, overrides=["train.optimizer.max_grad_norm=null"])
-    assert len(seen) == 7 and 0 < max(seen) <= SumOfClipped.clip_norm * 6 / SumOfClipped.divisor * (1 + 1e-5)
+    run(tmp_path, monkeypatch, Clip)
+    assert len(seen) == 7
+    for one, two in zip(seen, written, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_begin_and_last_step(tmp_path, monkeypatch):
+    """A defense learns of the run before its first step, and may end it early where a budget is partly spent."""
+
+    class Budget(Base):
+        def begin(self, context):
+            self.context = context
+
+        def last_step(self, steps):
+            return steps - 2
+
+    directory, (defense,), facts, dataset = run(tmp_path, monkeypatch, Budget)
+    assert (defense.context.steps, defense.context.batch_size) == (7, 6) and facts["steps"] == 5
+    assert defense.context.folder == directory.path and len(defense.context.pool.rows) == 28
+    assert (directory.checkpoints / "step-5").is_dir()
+
+
+def test_a_plan_without_a_rule_is_refused(tmp_path, monkeypatch):
+    class Planless(Base):
+        def plan(self, rows, batch_size, seed):
+            return object()
+
+    with pytest.raises(UserError, match="none of them owns the gradient"):
+        run(tmp_path, monkeypatch, Planless)
+
+
+def test_batches_are_cut_with_their_random_streams():
+    random = RecordRandom(0, 0, [3, 4, 5], [0, 0, 0])
+    batch = Batch(torch.arange(3.0)[:, None], np.array([3, 4, 5]), None, random, torch.arange(3), torch.zeros(3, 1))
+    part = batch[1:3]
+    assert part.rows.tolist() == [4, 5] and part.images.flatten().tolist() == [1, 2] and part.labels is None
+    torch.testing.assert_close(part.random.normal("x", 4), random.normal("x", 4)[1:3], rtol=0, atol=0)
 
 
 def test_two_owners_of_the_gradient_are_refused(tmp_path, monkeypatch):

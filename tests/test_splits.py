@@ -65,3 +65,19 @@ def test_a_given_split_is_kept_or_refused():
         sides(["train", "heldout"] * 2, records, clusters, np.array([0, 0, 1, 1]), DataConfig())
     with pytest.raises(UserError, match="0 groups and 1 copied pictures"):
         sides(given_split, records, np.array([0, 1, 1, 2]), np.zeros(4, dtype=np.int64), DataConfig())
+
+
+def test_related_pictures_stay_together():
+    """Copies that fell into two clusters, and mirrored twins, are one block."""
+    related = np.array([0, 2]), np.array([2, 3])
+    found = blocks([None] * 5, np.arange(5), related)
+    np.testing.assert_array_equal(found, [0, 1, 0, 0, 2])
+
+
+def test_no_side_is_empty_because_of_one_large_block():
+    """A patient with 60 of 175 records fits into neither small side; both get others, in every seed."""
+    block = np.concatenate([np.zeros(60, int), 1 + np.arange(115)])
+    ids = [f"r{row}" for row in range(175)]
+    for seed in range(50):
+        split = random_split(block, ids, 0.1, 0.05, seed)
+        assert min(split.count("heldout"), split.count("calibration")) > 0

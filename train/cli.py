@@ -6,9 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+LONGEST_WAIT = timedelta(hours=6)  # of one rank for another; the default of 10 minutes is too short for large data sets
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
@@ -27,7 +29,7 @@ def parse(description: str) -> Arguments:
     parser.add_argument("--config", type=Path, help="YAML file (default: configs/quickstart.yaml)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.steps=2000")
-    parsed = parser.parse_args()
+    parsed = parser.parse_intermixed_args()
     return Arguments(parsed.config, parsed.dry_run, parsed.overrides)
 
 
@@ -83,7 +85,7 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
     from diffusers.utils import logging
 
     from defenses.errors import UserError
@@ -91,10 +93,23 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
     logging.disable_progress_bar()
     folder = ProjectConfiguration(project_dir=str(project), logging_dir=str(project / "trackers")) if project else None
     try:
-        accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_config=folder)
+        accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=trackers or None,
+            project_config=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        )
     except (ValueError, ImportError) as error:
         raise UserError("train.trackers", str(error).splitlines()[0], "install it, or train.trackers=[]") from error
+    if len(accelerator.log_with) < len(trackers or []):
+        raise UserError(
+            "train.trackers", f"one of {', '.join(trackers)} is not installed", "install it, or train.trackers=[]"
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UserError("accelerate", f"{kind} is not supported", "use a launch file of launch/accelerate/")
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.run.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(config.run.cpu_threads or max(1, cores // local))
     return accelerator

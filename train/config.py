@@ -1,6 +1,7 @@
 """Configuration: typed defaults < YAML file < dotted overrides on the command line."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +25,14 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def load(sections: dict[str, Any], file: Path | None, overrides: list[str]) -> DictConfig:
+def load(
+    sections: dict[str, Any], file: Path | None, overrides: Sequence[str], defaults: Sequence[str] = ()
+) -> DictConfig:
     """Merges defaults, file and overrides; interpolations stay unresolved.
 
     Args:
         sections: dataclass (or plain default value) of each top-level key.
+        defaults: ``key=value`` that an entry point sets differently from the dataclasses, below the file.
 
     Raises:
         UserError: an unknown key (with the nearest known one), a wrong type, an unreadable file.
@@ -37,6 +41,8 @@ def load(sections: dict[str, Any], file: Path | None, overrides: list[str]) -> D
         {name: OmegaConf.structured(value) if isinstance(value, type) else value for name, value in sections.items()}
     )
     OmegaConf.set_struct(root, True)
+    for default in defaults:
+        root = _merge(root, _parse(default), "defaults")
     if file is not None:
         root = _merge(root, _read(file), str(file))
     for override in overrides:

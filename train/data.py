@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from defenses.copies import find_copies
+from defenses.copies import CopyRule, find_copies, relatives
 from defenses.errors import UserError
 from train.dataconfig import DataConfig
 from train.files import atomic, write_csv, write_json
@@ -254,12 +254,19 @@ def _divide(records: list[Record], items: list[Item], config: DataConfig, folder
     usable = np.array([row for row, record in enumerate(records) if not record.reason], dtype=np.int64)
     images = _pixels(folder)
     images = images if len(usable) == len(images) else images[usable]
-    clusters = find_copies(images, [records[row].pixel_hash for row in usable])
+    hashes = [records[row].pixel_hash for row in usable]
+    clusters = find_copies(images, hashes)
+    related = relatives(
+        images, hashes, CopyRule(flips=True)
+    )  # a mirrored twin on the other side is no held-out picture
     if config.heldout_source is not None:
-        stay = _drop_known_heldout(records, items, usable, clusters, folder)
+        stay = _drop_known_heldout(records, items, usable, clusters, related, folder)
+        place = np.cumsum(stay) - 1
+        both = stay[related[0]] & stay[related[1]]
+        related = place[related[0][both]], place[related[1][both]]
         usable, clusters = usable[stay], clusters[stay]
     clusters = renumber(clusters)
-    block = blocks([records[row].group for row in usable], clusters)
+    block = blocks([records[row].group for row in usable], clusters, related)
     chosen = [records[row] for row in usable]
     splits = sides([items[row].split for row in usable], chosen, clusters, block, config)
     copies = Counter(zip(clusters.tolist(), splits, strict=True))
@@ -273,16 +280,23 @@ def _divide(records: list[Record], items: list[Item], config: DataConfig, folder
 
 
 def _drop_known_heldout(
-    records: list[Record], items: list[Item], usable: np.ndarray, clusters: np.ndarray, folder: Path
+    records: list[Record],
+    items: list[Item],
+    usable: np.ndarray,
+    clusters: np.ndarray,
+    related: tuple[np.ndarray, np.ndarray],
+    folder: Path,
 ) -> np.ndarray:
     """Rejects pictures of ``data.heldout_source`` that show a picture or a group of ``data.source``; bool [usable]."""
     heldout = np.array([items[row].known_heldout for row in usable])
     known_clusters = set(clusters[~heldout].tolist())
+    first, second = related
+    twins = {*first[heldout[first] & ~heldout[second]].tolist(), *second[heldout[second] & ~heldout[first]].tolist()}
     known_groups = {records[row].group for row in usable[~heldout]} - {None}
     stay = np.ones(len(usable), dtype=bool)
     for position in np.flatnonzero(heldout):
         record = records[usable[position]]
-        if clusters[position] in known_clusters:
+        if clusters[position] in known_clusters or int(position) in twins:
             record.reason = "copy of a training picture"
         elif record.group in known_groups:
             record.reason = "group of data.source"

@@ -1,5 +1,6 @@
 """``--dry-run``: everything that can be known before hours of work, and nothing written that stays."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from defenses import registry
 from train.data import Dataset, prepare, summary
 from train.loop import Trainer
 from train.models import parameter_count
+from train.ranks import on_main
 from train.records import class_names, select_records
 from train.runlog import RunDirectory
 from train.stage import build_trainer
@@ -25,7 +27,8 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
     """Prints resolved configuration, data, model, one batch, defenses, disk and memory; returns exit status 0."""
     say: Callable[..., None] = accelerator.print
     say(OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(tree, resolve=True)))))
-    with tempfile.TemporaryDirectory(prefix="deffuse-dry-run-") as folder:
+    folder = on_main(accelerator, lambda: tempfile.mkdtemp(prefix="deffuse-dry-run-"))
+    try:
         directory = RunDirectory(replace(config.run, output_dir=folder))
         directory.path.mkdir(parents=True, exist_ok=True)
         dataset = prepare(config.data, directory.prepared, accelerator)
@@ -35,6 +38,10 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
         names = class_names(dataset, config.data.label_key)
         trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
         describe_training(say, config, trainer, dataset, accelerator)
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -62,6 +69,9 @@ def describe_training(
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     batches = trainer.microbatches(trainer.plan.batch(0))
+    if not batches:  # a batch drawn at random may be empty
+        rows = dataset.rows("train", kept=True)[:1]
+        batches = [trainer.batch(rows, rows * 0)]
     images = batches[0].images
     say(
         f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process"

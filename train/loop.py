@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from diffusers import DDPMScheduler
 from torch import nn
 from tqdm import tqdm
@@ -24,9 +24,6 @@ from train.diffusion import autocast, draw, per_example_loss
 from train.plan import repeats
 from train.runlog import RunDirectory
 from train.state import TrainConfig, TrainState
-
-# How often ranks ask each other for signals. torchrun kills its workers 30 s after SIGTERM: so many steps must fit.
-SIGNAL_STEPS = 10
 
 
 @dataclass
@@ -59,15 +56,16 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             smoothing=0.1,
         )
+        last_step = min([config.steps, *(defense.last_step(config.steps) for defense in self.defenses)])
         with _interruption() as interrupted, bar:
             mark = time.perf_counter()
-            while state.step < config.steps and state.stopped_by is None:
+            while state.step < last_step and state.stopped_by is None:
                 losses = self.step()
                 state.loss_sum = state.loss_sum.to(losses.device) + losses.sum(dtype=torch.float64)
                 state.loss_count += len(losses)
                 state.step += 1
                 bar.update()
-                due = _Due(config, state.step)
+                due = _Due(config, state.step, last_step)
                 if due.log:
                     now = time.perf_counter()
                     self.log(bar, now - mark)
@@ -77,10 +75,10 @@ class Trainer:
                 if due.preview:
                     self.preview(state.step)
                 stop = self.interrupted_anywhere(interrupted)
-                if due.checkpoint or stop:
-                    self.save()
                 if due.checkpoint:
                     self.ask_defenses()
+                if due.checkpoint or stop:
+                    self.save()
                 if stop:
                     raise Interrupted(state.step)
 
@@ -92,8 +90,6 @@ class Trainer:
         microbatches = self.microbatches(rows)
         torch.manual_seed(derive(self.seed, "dropout", state.step, self.accelerator.process_index))
         losses = self.rule.backward(self.wrapped, self.loss, microbatches, config.batch_size, self.accelerator)
-        if config.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
@@ -106,19 +102,15 @@ class Trainer:
         """This rank's share of the global batch, cut for accumulation, with augmentation, timesteps and noise."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         order = repeats(rows)
-        parts = zip(
-            np.array_split(rows[rank::world], self.config.accumulation),
-            np.array_split(order[rank::world], self.config.accumulation),
-            strict=True,
-        )
-        return [self.batch(part, repeat) for part, repeat in parts if len(part)]
+        parts = np.array_split(self.plan.share(rows, rank, world), self.config.accumulation)
+        return [self.batch(rows[part], order[part]) for part in parts if len(part)]
 
     def batch(self, rows: np.ndarray, repeat: np.ndarray) -> Batch:
         pixels, labels = self.fetch(rows)  # uint8 [b, C, H, W], int64 [b] | None
         device = self.accelerator.device
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
         labels = None if labels is None else labels.to(device)
-        batch = Batch(images, labels, RecordRandom(self.seed, self.state.step, rows, repeat))
+        batch = Batch(images, rows, labels, RecordRandom(self.seed, self.state.step, rows, repeat))
         for defense in self.defenses:
             batch = defense.change_batch(batch)
         return draw(batch, self.schedule)
@@ -135,25 +127,37 @@ class Trainer:
         """One line of metrics.jsonl: mean loss over all ranks since the last line, learning rate, speed."""
         state = self.state
         total, count = self.loss_totals()
-        loss = total / max(count, 1)
+        loss = total / count if count else None
         state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
-        if not np.isfinite(loss):
-            raise UserError(
-                "train", f"the loss is not finite at step {state.step}", "lower train.learning_rate, then resume"
-            )
+        self.refuse_nonfinite(total)
         speed = count / seconds
-        bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
+        bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         self.record({"loss": loss, "learning_rate": self.lr_schedule.get_last_lr()[0], "images_per_second": speed})
 
     def record(self, values: dict[str, float]) -> None:
         self.directory.log({"step": self.state.step, **values})
-        self.accelerator.log(values, step=self.state.step)
+        self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=self.state.step)
+
+    def refuse_nonfinite(self, total: float) -> None:
+        """Stops before a diverged model replaces a good checkpoint.
+
+        Raises:
+            UserError: the loss, or a weight after its last update, is not finite.
+        """
+        weights = torch.stack([parameter.detach().abs().amax() for parameter in self.state.model.parameters()])
+        if not np.isfinite(total) or not bool(weights.isfinite().all()):
+            raise UserError(
+                "train.learning_rate",
+                f"training diverged: loss or weights are not finite at step {self.state.step}",
+                "choose another run.name with a lower train.learning_rate",
+            )
 
     def save(self) -> None:
         """Writes a checkpoint on the main process while the others wait."""
         state = self.state
         folder = self.directory.checkpoints / f"step-{state.step}"
         totals = self.loss_totals()
+        self.refuse_nonfinite(totals[0])
         if self.accelerator.is_main_process:
             counters = {**state.counters(), "loss_sum": totals[0], "loss_count": totals[1]}
             defenses = {defense.name: defense.state_dict() for defense in self.defenses}
@@ -188,25 +192,29 @@ class Trainer:
         self.directory.truncate_metrics(self.state.step)
 
     def ask_defenses(self) -> None:
-        """Seam 5: any defense may end training or name the checkpoint to release."""
+        """Seam 5: any defense may end training or name the checkpoint to release. Before the checkpoint is saved, so that
+        the answer survives a stop."""
         listeners = [d for d in self.defenses if type(d).after_checkpoint is not Defense.after_checkpoint]
         if not listeners:
             return
         view = self.view(self.state.step)
         for defense in listeners:
-            verdict = defense.after_checkpoint(view)
+            # every rank looks, the main process decides: ranks that disagree would wait for each other for ever
+            verdict = broadcast_object_list([defense.after_checkpoint(view)])[0]
             if verdict is not None and verdict.release_step is not None:
+                self.refuse_missing(verdict.release_step)
                 self.state.release_step = verdict.release_step
             if verdict is not None and verdict.stop:
                 self.state.stopped_by = defense.name
-        self.save()  # the verdict and the defense's new state must survive a stop
+
+    def refuse_missing(self, step: int) -> None:
+        if step != self.state.step and step not in checkpoint.all_steps(self.directory.checkpoints):
+            raise UserError("train.keep_checkpoints", f"step {step}, to be released, was removed", "set it to null")
 
     def interrupted_anywhere(self, interrupted: list[int]) -> bool:
-        """Whether any rank got a signal. Several ranks ask each other only now and then: it makes a GPU wait."""
+        """Whether any rank got a signal; asked every step, because torchrun kills its workers 30 s after it passed one on."""
         if self.accelerator.num_processes == 1:
             return bool(interrupted)
-        if self.state.step % SIGNAL_STEPS:
-            return False
         flag = torch.tensor([float(len(interrupted))], device=self.accelerator.device)
         return reduce(flag, "sum").item() > 0
 
@@ -214,8 +222,8 @@ class Trainer:
 class _Due:
     """What happens after a step."""
 
-    def __init__(self, config: TrainConfig, step: int):
-        last = step == config.steps
+    def __init__(self, config: TrainConfig, step: int, last_step: int):
+        last = step == last_step
 
         def every(interval: int) -> bool:
             return interval > 0 and (step % interval == 0 or last)

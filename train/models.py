@@ -44,16 +44,9 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> 
         UserError: the image size does not fit the number of levels, or the pretrained weights do not fit the data.
     """
     if config.pretrained is not None:
-        return _load_pretrained(config, channels, classes)
+        return _load_pretrained(config, image_size, channels, classes)
     widths, layers, attention = SIZES[config.size]
-    step = 2 ** (len(widths) - 1)
-    if image_size % step:
-        near = max(step, round(image_size / step) * step)
-        raise UserError(
-            "data.image_size",
-            f"{image_size} is not a multiple of {step}, which model.size={config.size} needs",
-            f"take {near}",
-        )
+    _check_size(image_size, len(widths))
     down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
     up = ["AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(widths)))]
     return UNet2DModel(
@@ -62,6 +55,8 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> 
         out_channels=channels,
         block_out_channels=widths,
         layers_per_block=layers,
+        # groups of at least 4 channels: in a group of one the norm removes what a bias or the time embedding adds
+        norm_num_groups=min(32, widths[0] // 4),
         down_block_types=down,
         up_block_types=up,
         dropout=config.dropout,
@@ -69,7 +64,41 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> 
     )
 
 
-def _load_pretrained(config: ModelConfig, channels: int, classes: int) -> UNet2DModel:
+def _check_size(image_size: int, levels: int) -> None:
+    step = 2 ** (levels - 1)
+    if image_size % step:
+        near = max(step, round(image_size / step) * step)
+        raise UserError(
+            "data.image_size", f"{image_size} is not a multiple of {step}, which the model needs", f"take {near}"
+        )
+
+
+def check_schedule(config: ModelConfig, schedule: DDPMScheduler) -> None:
+    """Refuses to go on training with another objective than the pretrained model's.
+
+    Raises:
+        UserError: its prediction type, noise schedule or number of timesteps is another one.
+    """
+    if config.pretrained is None:
+        return
+    try:
+        theirs = DDPMScheduler.load_config(config.pretrained, subfolder="scheduler", revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "model.pretrained", f"{config.pretrained} has no scheduler", "give a whole pipeline folder"
+        ) from error
+    names = {"prediction_type": "prediction", "beta_schedule": "noise_schedule", "num_train_timesteps": "timesteps"}
+    for name, key in names.items():
+        wanted = theirs.get(name, {"prediction_type": "epsilon"}.get(name))
+        if wanted != schedule.config[name]:
+            raise UserError(
+                f"train.diffusion.{key}",
+                f"is {schedule.config[name]}, {config.pretrained} has {wanted}",
+                f"set it to {wanted}",
+            )
+
+
+def _load_pretrained(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:
     try:
         model = UNet2DModel.from_pretrained(
             config.pretrained, subfolder="unet", revision=config.revision, use_safetensors=True, low_cpu_mem_usage=False
@@ -86,6 +115,11 @@ def _load_pretrained(config: ModelConfig, channels: int, classes: int) -> UNet2D
             f"has {found[0]} channels and {found[1]} classes, the data {channels} and {classes}",
             "set data.channels and data.label_key to match, or choose another model",
         )
+    _check_size(image_size, len(model.config.block_out_channels))
+    model.register_to_config(sample_size=image_size)  # what the saved pipeline draws
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = config.dropout
     return model
 
 

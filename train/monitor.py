@@ -37,7 +37,7 @@ def heldout_batches(
             position = (np.searchsorted(np.sort(order), part) + 0.5) / len(order)
             timesteps = torch.from_numpy((position * settings.diffusion.timesteps).astype(np.int64))
             noise = random.normal("heldout", *images.shape[1:])
-            batches.append(Batch(images, labels_of(dataset, part, names), random, timesteps, noise))
+            batches.append(Batch(images, part, labels_of(dataset, part, names), random, timesteps, noise))
         if len(order):
             result[name] = batches
     return result
@@ -56,12 +56,8 @@ def heldout_losses(
         for name, parts in batches.items():
             sums = torch.zeros(2, device=device)
             for part in parts:
-                labels = None if part.labels is None else part.labels.to(device)
-                moved = Batch(
-                    part.images.to(device), labels, part.random, part.timesteps.to(device), part.noise.to(device)
-                )
                 with autocast(device, config.train.precision):
-                    losses = per_example_loss(model, moved, schedule, config.train.diffusion.snr_gamma)
+                    losses = per_example_loss(model, part.to(device), schedule, config.train.diffusion.snr_gamma)
                 sums += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=device)])
             total, count = reduce(sums, "sum").tolist()
             result[name] = total / count
@@ -78,7 +74,8 @@ def sample_on_all_ranks(
     accelerator: Accelerator,
 ) -> torch.Tensor:
     """Images of the EMA weights for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
-    sampler = SamplerConfig(steps=25, batch_size=8)  # small blocks, so that every rank has some
+    steps = min(25, config.train.diffusion.timesteps)
+    sampler = SamplerConfig(steps=steps, batch_size=8)  # small blocks, so that every rank has some
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     frequency = class_frequency(dataset, names)
     drawn = []

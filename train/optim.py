@@ -45,9 +45,16 @@ def build_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, st
 
 
 class MeanGradient:
-    """The gradient of the mean loss over the global batch: what training without a defense at seam 4 uses."""
+    """The gradient of the mean loss over the global batch: what training without a defense at seam 4 uses.
+
+    Args:
+        max_grad_norm: clips that mean to this l2 norm; None: never.
+    """
 
     prepares_model = True
+
+    def __init__(self, max_grad_norm: float | None = None):
+        self.max_grad_norm = max_grad_norm
 
     def backward(
         self, model: nn.Module, loss: LossFunction, microbatches: list[Batch], batch_size: int, accelerator: Any
@@ -59,6 +66,8 @@ class MeanGradient:
             last = position == len(microbatches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 examples = loss(model, microbatch)  # [b]
-                accelerator.backward(examples.sum() * scale)
+                (examples.sum() * scale).backward()
             losses.append(examples.detach())
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
         return torch.cat(losses)

@@ -1,8 +1,8 @@
 """The embedded data set `phantom`: procedurally drawn, chest-radiograph-like pictures whose right answer is known.
 
 Patients with one to four films, four finding classes, captions, planted copies (half of them exact, half re-encoded),
-outliers, and held-out pictures of other patients. The numbers come from Philox as doubles; pictures are computed with
-+, -, *, / and clipping on float64 arrays and quantised last, so one seed gives the same bytes on every machine.
+outliers, and held-out pictures of other patients. The numbers come from Philox as doubles; pictures are computed in
+float64 and quantised last: one seed gives the same bytes wherever cos, sin and sqrt round alike (`tests/test_phantom.py`).
 
 Nothing here resembles a person, and no medical meaning should be read into it.
 """

@@ -26,6 +26,10 @@ class EpochPlan:
         epochs, offsets = np.divmod(position, len(self._rows))
         return np.concatenate([self._permutation(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
+    def share(self, rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """Every W-th place, so that shares differ by one record at most."""
+        return np.arange(rank, len(rows), world_size)
+
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             random = np.random.Generator(np.random.Philox(derive(self._seed, "epoch", int(epoch))))

@@ -51,6 +51,7 @@ def main(arguments: cli.Arguments) -> int:
         return 1
     run_evaluation(directory, config, accelerator)
     accelerator.print(f"report: {directory.path / 'report.html'}")
+    accelerator.end_training()
     return 0
 
 

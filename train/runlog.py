@@ -34,6 +34,8 @@ class RunConfig:
             raise UserError("run.cpu_threads", f"{self.cpu_threads} is less than 1", "null takes all cores")
 
 
+# Keys that may differ when a run is resumed: they change no number. (Where the data lie is checked by their content.)
+NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "opacus", "datasets", "omegaconf", "torch-fidelity")
 
 
@@ -157,7 +159,9 @@ def _parse(line: str) -> dict | None:
 
 def _refuse_changes(stored: DictConfig, config: DictConfig, path: Path) -> None:
     old, new = _leaves(OmegaConf.to_container(stored)), _leaves(OmegaConf.to_container(config))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key, None) != new.get(key, None))
+    changed = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(NO_RESULT)
+    )
     if changed:
         key = changed[0]
         raise UserError(

@@ -31,8 +31,13 @@ def renumber(ids: np.ndarray) -> np.ndarray:
     return rank[inverse]
 
 
-def blocks(groups: Sequence[str | None], clusters: np.ndarray) -> np.ndarray:
-    """Block of each record, int64 [N], numbered in order of first occurrence; None is a group of its own."""
+def blocks(
+    groups: Sequence[str | None], clusters: np.ndarray, related: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Block of each record, int64 [N], numbered in order of first occurrence; None is a group of its own.
+
+    ``related``: further pairs of records that must stay together, two int64 arrays.
+    """
     count = len(clusters)
     with_group = np.flatnonzero([group is not None for group in groups])
     group_ids = (
@@ -42,6 +47,8 @@ def blocks(groups: Sequence[str | None], clusters: np.ndarray) -> np.ndarray:
     rows = np.concatenate([np.arange(count), with_group])
     first_group_node = count + count  # nodes: records, clusters, groups
     nodes = np.concatenate([count + cluster_ids, first_group_node + group_ids])
+    if related is not None:
+        rows, nodes = np.concatenate([rows, related[0]]), np.concatenate([nodes, related[1]])
     size = 3 * count
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, nodes)), shape=(size, size))
     return renumber(connected_components(graph, directed=False)[1][:count]) if count else np.zeros(0, dtype=np.int64)
@@ -52,19 +59,21 @@ def random_split(
 ) -> list[str]:
     """Side of each record: whole blocks in random order go to ``heldout``, then ``calibration``, the rest to ``train``.
 
-    Each side is filled until the next block would take it further from its share of the records than stopping does. The
+    Each side is filled until the next block would take it further from its share of the records than stopping does; a
+    block that is too large for an empty side is passed over, so that no side stays empty for its sake. The
     order comes from (seed, id of the block's first record) alone, so it is the same on every machine.
     """
     _, first, sizes = np.unique(block, return_index=True, return_counts=True)
     order = sorted(range(len(first)), key=lambda number: derive(seed, "split", record_ids[first[number]]))
     side = ["train"] * len(first)
-    position = 0
     for name, fraction in (("heldout", heldout_fraction), ("calibration", calibration_fraction)):
         target, filled = fraction * len(block), 0
-        while position < len(order) and abs(filled + sizes[order[position]] - target) < abs(filled - target):
-            side[order[position]] = name
-            filled += sizes[order[position]]
-            position += 1
+        for number in [number for number in order if side[number] == "train"]:
+            if abs(filled + sizes[number] - target) < abs(filled - target):
+                side[number] = name
+                filled += sizes[number]
+            elif filled:
+                break
     return [side[number] for number in np.unique(block, return_inverse=True)[1]]
 
 

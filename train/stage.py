@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from defenses import registry
-from defenses.base import CheckpointView, Defense
+from defenses.base import CheckpointView, Defense, RunContext
 from defenses.errors import UserError
 from defenses.seeding import derive
 from train import checkpoint
@@ -22,10 +22,11 @@ from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.files import write_json
 from train.loop import Trainer
-from train.models import build, memory_format, parameter_count, save_pipeline
+from train.models import build, check_schedule, memory_format, parameter_count, save_pipeline
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import MeanGradient, build_optimizer, build_schedule
 from train.plan import EpochPlan
+from train.ranks import on_main
 from train.records import class_frequency, class_names, labels_of, pool_of
 from train.runlog import RunDirectory
 from train.sampling import save_grid
@@ -55,11 +56,11 @@ def train_model(
     Returns:
         The contents of the model's sidecar: what evaluation and report need to know of training.
     """
-    if (directory.model / SIDECAR).exists():
+    if on_main(accelerator, lambda: (directory.model / SIDECAR).exists()):
         return json.loads((directory.model / SIDECAR).read_text())
     names = class_names(dataset, config.data.label_key)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
-    newest = checkpoint.latest(directory.checkpoints)
+    newest = on_main(accelerator, lambda: checkpoint.latest(directory.checkpoints))
     if newest is not None:
         trainer.resume(newest)
     else:
@@ -67,7 +68,8 @@ def train_model(
     accelerator.wait_for_everyone()
     start_trackers(config, accelerator)
     trainer.train()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return release(config, dataset, directory, accelerator, trainer, names)
 
 
@@ -91,11 +93,22 @@ def build_trainer(
     model = build_model(config, names).to(accelerator.device, memory_format=memory_format(accelerator.device)).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(settings.optimizer, trainable, settings.learning_rate)
-    ema = EMAModel(model.parameters(), decay=settings.ema_decay)
+    ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
     state = TrainState(model=model, optimizer=optimizer, ema=ema)
     schedule = noise_schedule(settings.diffusion)
-    rule = registry.gradient_rule(defenses, MeanGradient())
-    plans = [plan for d in defenses if (plan := d.plan(rows, settings.batch_size, config.run.seed)) is not None]
+    check_schedule(config.model, schedule)
+    context = RunContext(
+        pool_of(dataset), settings.steps, settings.batch_size, config.run.seed, directory.path, accelerator
+    )
+    for defense in defenses:
+        defense.begin(context)
+    default = MeanGradient(settings.optimizer.max_grad_norm)
+    rule = registry.gradient_rule(defenses, default)
+    plan = registry.batch_plan(defenses, rows, settings.batch_size, config.run.seed)
+    if plan is not None and rule is default:
+        raise UserError(
+            "defenses", "batches are drawn by a defense, but none of them owns the gradient", "switch it off"
+        )
     heldout = heldout_batches(config, dataset, names, accelerator)
 
     def fetch(batch_rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -118,7 +131,7 @@ def build_trainer(
         state=state,
         wrapped=accelerator.prepare_model(model) if rule.prepares_model else model,
         schedule=schedule,
-        plan=plans[0] if plans else EpochPlan(rows, settings.batch_size, config.run.seed),
+        plan=plan or EpochPlan(rows, settings.batch_size, config.run.seed),
         fetch=fetch,
         rule=rule,
         defenses=defenses,
