@@ -1,0 +1,1 @@
+"""Tests; helpers in `small`, `fabricate` and `reference`."""
