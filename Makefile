@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
-TEST_PROCESSES ?= $(shell nproc)
+TEST_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test test-fast lint format smoke bench clean
 
@@ -11,12 +11,12 @@ demo: $(VENV)/.installed
 	$(LAUNCH) train/run.py $(ARGS)
 	@echo "open runs/quickstart/report.html; then compare: make demo ARGS='defenses.dedup={} run.name=quickstart-dedup'"
 
-# Two test processes with one thread each are faster than one with two: small tensors do not fill two cores.
+# One test process per core, with one thread each: small tensors do not fill several cores.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-fast: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow and not multi"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not multi"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -157,3 +157,10 @@ def test_old_checkpoints_are_pruned(tmp_path):
         6,
         7,
     ]
+
+
+def test_divergence_is_told_and_saves_nothing(tmp_path):
+    """Infinite weights end the run in words; the checkpoint before them stays the last one."""
+    with pytest.raises(UserError, match=r"train\.learning_rate: training diverged.*run\.name"):
+        finish(tmp_path, "train.learning_rate=1e30", "train.optimizer.warmup_steps=0", "train.checkpoint_every=1")
+    assert not list((tmp_path / "quickstart").glob("checkpoints/step-[2-9]"))

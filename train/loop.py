@@ -58,23 +58,24 @@ class Trainer:
         )
         last_step = min([config.steps, *(defense.last_step(config.steps) for defense in self.defenses)])
         with _interruption() as interrupted, bar:
-            mark = time.perf_counter()
+            mark = state.seconds
             while state.step < last_step and state.stopped_by is None:
+                started = time.perf_counter()
                 losses = self.step()
                 state.loss_sum = state.loss_sum.to(losses.device) + losses.sum(dtype=torch.float64)
                 state.loss_count += len(losses)
                 state.step += 1
                 bar.update()
+                stop = self.interrupted_anywhere(interrupted)
+                state.seconds += time.perf_counter() - started  # training alone, without what follows
                 due = _Due(config, state.step, last_step)
                 if due.log:
-                    now = time.perf_counter()
-                    self.log(bar, now - mark)
-                    mark = now
+                    self.log(bar, state.seconds - mark)
+                    mark = state.seconds
                 if due.heldout:
                     self.record(self.evaluate())
                 if due.preview:
                     self.preview(state.step)
-                stop = self.interrupted_anywhere(interrupted)
                 if due.checkpoint:
                     self.ask_defenses()
                 if due.checkpoint or stop:
@@ -85,7 +86,6 @@ class Trainer:
     def step(self) -> torch.Tensor:
         """One optimizer step. Returns this rank's per-example losses, float32 [b]."""
         state, config = self.state, self.config
-        started = time.perf_counter()
         rows = self.plan.batch(state.step)
         microbatches = self.microbatches(rows)
         torch.manual_seed(derive(self.seed, "dropout", state.step, self.accelerator.process_index))
@@ -95,7 +95,6 @@ class Trainer:
         self.lr_schedule.step()
         state.ema.step(state.model.parameters())
         state.images_seen += len(rows)
-        state.seconds += time.perf_counter() - started
         return losses
 
     def microbatches(self, rows: np.ndarray) -> list[Batch]:
