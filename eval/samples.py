@@ -20,10 +20,13 @@ from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
 from train.data import Dataset
 from train.files import atomic, write_csv
+from train.imagefolder import read_file
 from train.images import Rejected, decode
 from train.models import memory_format
 from train.sampling import blocks, class_of_sample, sample, to_pil, to_uint8
 from train.stage import SIDECAR
+
+MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
 
 Draw = Callable[
     [Sequence[int], Sequence[Any] | None], torch.Tensor
@@ -265,6 +268,5 @@ def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
             if plain and image.mode == ("L" if channels == 1 else "RGB"):
                 pixels = np.asarray(image)
                 return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return decode(
-        file.read_bytes(), image_size=image_size, channels=channels, max_pixels=64_000_000, bit_depth=None
-    ).pixels
+    content = read_file(file, MAX_BYTES)
+    return decode(content, image_size=image_size, channels=channels, max_pixels=MAX_PIXELS, name=file.name).pixels
