@@ -59,7 +59,7 @@ class Removal:
     row: int
     reason: str
     duplicate_of: int | None = None  # row of the record kept in its place
-    distance: float | None = None  # in the unit that the reason names
+    distance: float | None = None  # to that record, as the defense measures it
 
 
 class BatchPlan(Protocol):

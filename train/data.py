@@ -50,7 +50,7 @@ class Record:
         kept: still used; a defense may take a training record out.
         reason: why it was rejected or taken out, else "".
         duplicate_of: record_id of the record that was kept in its place, else "".
-        distance: to that record, in the unit that the reason names.
+        distance: to that record, as the defense that removed it measures it (dedup: standard deviations of the picture).
     """
 
     record_id: str
