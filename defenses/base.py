@@ -4,6 +4,7 @@ A new defense is one file here with a config dataclass and a subclass of `Defens
 The training loop never names a defense.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -165,7 +166,7 @@ class Verdict:
 Sampler = Callable[..., torch.Tensor]  # (indices, labels) -> float32 [n, C, H, W] in [0, 1]
 
 
-class Defense:
+class Defense(ABC):
     """Six seams, all of which do nothing unless a subclass fills them. ``name`` is the key in ``defenses``."""
 
     name: str
@@ -176,6 +177,7 @@ class Defense:
 
     def begin(self, context: RunContext) -> None:
         """Before the first step, on every rank: what depends on the whole run. May refuse it with a `UserError`."""
+        return None
 
     def last_step(self, steps: int) -> int:
         """Step at which training ends, asked after a resume; fewer than ``steps`` where a budget is partly spent."""
@@ -208,9 +210,9 @@ class Defense:
         """Seam 6: sampling of the saved model."""
         return sampler
 
+    @abstractmethod
     def claim(self) -> dict[str, Any]:
         """What is promised, as in report.json: ``{"kind": "heuristic", "statement": ...}`` or ``{"kind": "dp", ...}``."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a stop: JSON values only."""
@@ -218,3 +220,4 @@ class Defense:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
+        return None

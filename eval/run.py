@@ -23,7 +23,8 @@ from eval.config import check
 from eval.stage import Target, evaluate, target_of
 from train import cli
 from train import config as configuration
-from train.data import prepare, write_manifest
+from train.data import prepare
+from train.manifest import write_manifest
 from train.runlog import RunConfig, RunDirectory
 from train.stage import SIDECAR
 

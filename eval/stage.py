@@ -24,8 +24,9 @@ from eval.extraction import Extraction, Pictures, check_tier, untargeted
 from eval.prompted import prompted
 from eval.quality import measure
 from eval.report import render
-from train.data import Dataset, summary
+from train.data import Dataset
 from train.files import write_csv, write_json
+from train.manifest import summary
 from train.ranks import on_main
 from train.runlog import RunDirectory, hardware, timestamp, versions
 from train.stage import SIDECAR, peak_memory

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from defenses.errors import UserError
-from train.data import Dataset, prepare, summary, write_manifest
+from train.data import Dataset, prepare
 from train.dataconfig import DataConfig
+from train.manifest import summary, write_manifest
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import secrets
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -18,17 +17,13 @@ from accelerate.utils import gather_object
 from defenses.copies import CopyRule, find_copies, relatives
 from defenses.errors import UserError
 from train.dataconfig import DataConfig
-from train.files import atomic, write_csv, write_json
+from train.files import atomic, write_json
 from train.ranks import together
 from train.shards import Outcome, decode_shard, make_folder, merge_shards
 from train.sources import Item, open_source
 from train.splits import blocks, refuse_straddling, renumber, sides
 
 HELDOUT_PREFIX = "heldout:"
-MANIFEST_COLUMNS = [
-    "record_id", "source", "sha256", "group", "split", "copies", "cluster", "kept", "reason",
-    "duplicate_of", "distance",
-]  # fmt: skip
 NOT_IN_DIGEST = ("source", "heldout_source", "heldout_exchangeable", "restricted")  # do not change what is prepared
 
 
@@ -137,35 +132,6 @@ def prepare(config: DataConfig, folder: Path, accelerator, all_train: bool = Fal
 
     together(accelerator, lambda: finish() if accelerator.process_index == 0 else None)
     return Dataset.load(folder)
-
-
-def write_manifest(dataset: Dataset, path: Path) -> None:
-    """Writes ``manifest.csv``: one row per record, rejected ones too."""
-    rows = ({column: getattr(record, column) for column in MANIFEST_COLUMNS} for record in dataset.records)
-    write_csv(path, MANIFEST_COLUMNS, rows)
-
-
-def summary(dataset: Dataset) -> dict[str, Any]:
-    """Counts for the report: records per split (before any defense), distinct pictures and units of the training split.
-
-    found = rejected + train + calibration + heldout. ``reasons`` counts rejections by their kind, the part before the
-    colon; ``notes`` counts pictures where something had to be decided, such as the bit depth.
-    """
-    splits = Counter(record.split for record in dataset.records)
-    train = [record for record in dataset.records if record.split == "train"]
-    groups = {record.group for record in train if record.group is not None}
-    has_groups = any(record.group is not None for record in dataset.records)
-    return {
-        "found": len(dataset.records),
-        "rejected": splits[""],
-        **{split: splits[split] for split in ("train", "calibration", "heldout")},
-        "clusters": len({record.cluster for record in train}),
-        "units": len(groups) + sum(record.group is None for record in train),
-        "unit": "group" if has_groups else "record",
-        "reasons": dict(Counter(record.reason.split(":")[0] for record in dataset.records if record.split == "")),
-        "ignored_files": dataset.ignored,
-        "notes": dataset.notes,
-    }
 
 
 def _pixels(folder: Path) -> np.ndarray:

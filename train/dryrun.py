@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
 from defenses import registry
-from train.data import Dataset, prepare, summary
+from train.data import Dataset, prepare
 from train.loop import Trainer
+from train.manifest import summary
 from train.models import parameter_count
 from train.ranks import on_main
 from train.records import class_names, select_records

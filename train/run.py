@@ -16,9 +16,10 @@ from eval.config import check
 from eval.stage import run_evaluation
 from train import cli
 from train import config as configuration
-from train.data import prepare, write_manifest
+from train.data import prepare
 from train.dryrun import dry_run
 from train.loop import Interrupted
+from train.manifest import write_manifest
 from train.records import select_records
 from train.runlog import RunDirectory
 from train.stage import train_model
