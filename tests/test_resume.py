@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 
 from defenses.errors import UserError
 from tests.small import opened
-from train import checkpoint
+from train import checkpoint, runlog
 from train.loop import Interrupted, Trainer
 from train.stage import train_model
 
@@ -164,3 +167,18 @@ def test_divergence_is_told_and_saves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"train\.learning_rate: training diverged.*run\.name"):
         finish(tmp_path, "train.learning_rate=1e30", "train.optimizer.warmup_steps=0", "train.checkpoint_every=1")
     assert not list((tmp_path / "quickstart").glob("checkpoints/step-[2-9]"))
+
+
+@pytest.mark.slow
+def test_a_second_process_is_kept_out(tmp_path):
+    """While one process works in a directory another is refused; afterwards the lock is gone with its process."""
+    opened(tmp_path)
+    script = "import sys; from tests.small import opened; from pathlib import Path; opened(Path(sys.argv[1]))"
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert "run.name: another process is working in" in done.stderr
+    os.close(runlog._LOCKED.pop((tmp_path / "quickstart").resolve()))  # as the end of this process would
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import time
-import weakref
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +64,9 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+_LOCKED: dict[Path, int] = {}  # directories that this process holds, with the open files that hold them
+
+
 class RunDirectory:
     """Paths and small records of one run. Only the main process writes; every process may read."""
 
@@ -102,13 +104,13 @@ class RunDirectory:
             self.record(started=timestamp())
 
     def _lock(self) -> None:
-        """Keeps a second process out of the directory."""
-        if not self.main:
+        """Keeps a second process out of the directory, until this one ends."""
+        if not self.main or self.path.resolve() in _LOCKED:
             return
         handle = os.open(self.path / ".lock", os.O_CREAT | os.O_WRONLY, 0o600)
-        weakref.finalize(self, os.close, handle)  # open, and so locked, as long as this object lives
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _LOCKED[self.path.resolve()] = handle
         except BlockingIOError as error:
             raise UserError(
                 "run.name", f"another process is working in {self.path}", "wait, or choose another name"
