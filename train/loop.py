@@ -28,7 +28,7 @@ from train.state import TrainConfig, TrainState
 
 @dataclass
 class Trainer:
-    """What a step needs, built by run.py. ``fetch`` gives uint8 [b, C, H, W] and class indices [b] (or None) for rows."""
+    """What a step needs, built by stage.py. ``fetch`` gives uint8 [b, C, H, W] and class indices [b] (or None) for rows."""
 
     config: TrainConfig
     seed: int

@@ -1,6 +1,6 @@
 """Sampling: every image is a function of (seed, sample index), whatever the number of processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,8 +15,6 @@ from defenses.errors import UserError
 from defenses.seeding import derive, generator
 from train.diffusion import autocast
 from train.files import atomic
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # (x_t, t, labels) -> prediction
 
 
 @dataclass(kw_only=True)
