@@ -5,7 +5,7 @@ The training loop never names a defense.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,8 @@ class RunContext:
 
     Attributes:
         pool: the training records that are left after all defenses have selected.
-        steps, batch_size, seed: of the configuration.
+        steps, batch_size, accumulation, precision, seed: of the configuration.
+        nonprivate_metrics: whether the user wants losses and held-out metrics even where a defense is `private`.
         folder: run directory, for records of the defense's own.
         accelerator: Accelerate's `Accelerator`: rank, device, collectives.
     """
@@ -48,7 +49,10 @@ class RunContext:
     pool: Pool
     steps: int
     batch_size: int
+    accumulation: int
+    precision: str
     seed: int
+    nonprivate_metrics: bool
     folder: Path
     accelerator: Any
 
@@ -64,14 +68,23 @@ class Removal:
 
 
 class BatchPlan(Protocol):
-    """Which records form the global batch of a step: a pure function of the step, the same on every rank."""
+    """Which records form the global batch of a step: a pure function of the step, the same on every rank.
+
+    Attributes:
+        seed: of the random numbers of every record: augmentation, timesteps, noise of the forward process.
+        images_per_step: distinct records in a batch, on average.
+    """
+
+    seed: int
+    images_per_step: float
 
     def batch(self, step: int) -> np.ndarray:
-        """Rows of the global batch, int64 [b]; b may vary and may be 0 (Poisson sampling)."""
+        """Rows of the global batch, int64 [b]; b may vary and may be 0 (Poisson sampling). A row that occurs several times
+        is changed and noised independently each time."""
         ...
 
-    def share(self, rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-        """Places in ``rows`` that one rank works on; over all ranks every place once. Keeps what must stay together."""
+    def microbatches(self, rows: np.ndarray, rank: int, world_size: int) -> list[np.ndarray]:
+        """Places in ``rows`` of each micro-batch of one rank; over all ranks every place once. Keeps together what must be."""
         ...
 
 
@@ -109,14 +122,28 @@ class Batch:
         return Batch(**{name: value.to(device) if torch.is_tensor(value) else value for name, value in moved.items()})
 
 
+class Microbatches:
+    """A rank's part of a step: micro-batches that are built when they are reached, so that a large batch need not fit in memory."""
+
+    def __init__(self, builders: Sequence[Callable[[], Batch]]):
+        self._builders = builders
+
+    def __len__(self) -> int:
+        return len(self._builders)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (build() for build in self._builders)
+
+
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]  # per-example losses, float32 [B]
 
 
 class GradientRule(Protocol):
     """Turns per-example losses into ``p.grad`` (seam 4). At most one defense brings one; otherwise it is the mean.
 
-    The rule owns the gradient whole: nothing clips or scales it afterwards. The global generator of torch is seeded from
-    ``run.seed`` before every call (dropout): noise that protects must come from a generator of the rule's own.
+    The rule owns the gradient whole, and the precision of the arithmetic: nothing clips or scales it afterwards. The global
+    generator of torch is seeded from ``run.seed`` before every call (dropout): noise that protects must come from a generator
+    of the rule's own.
 
     ``prepares_model`` says whether the trainer lets Accelerate wrap the model (DDP averages raw gradients, which a rule
     that clips must not have).
@@ -124,14 +151,25 @@ class GradientRule(Protocol):
 
     prepares_model: bool
 
+    def check(self, model: nn.Module, loss: LossFunction, example: Batch) -> None:
+        """Once before the first step, and in the dry run: may refuse a model that the rule cannot treat.
+
+        Args:
+            example: random images of the right shape, not records.
+
+        Raises:
+            UserError: the rule does not work on this model.
+        """
+        ...
+
     def backward(
-        self, model: nn.Module, loss: LossFunction, microbatches: list[Batch], batch_size: int, accelerator: Any
+        self, model: nn.Module, loss: LossFunction, microbatches: Microbatches, step: int, accelerator: Any
     ) -> torch.Tensor:
         """Writes the gradient of the global batch into ``p.grad`` of every trainable parameter, equal on all ranks.
 
         Args:
-            batch_size: the planned global batch size, a constant.
             microbatches: this rank's records; may be empty.
+            step: optimizer steps done before this one.
 
         Returns:
             This rank's per-example losses, detached, float32 [b], for the log.
@@ -167,9 +205,14 @@ Sampler = Callable[..., torch.Tensor]  # (indices, labels) -> float32 [n, C, H, 
 
 
 class Defense(ABC):
-    """Six seams, all of which do nothing unless a subclass fills them. ``name`` is the key in ``defenses``."""
+    """Six seams, all of which do nothing unless a subclass fills them. ``name`` is the key in ``defenses``.
+
+    ``private``: what is measured on the records of a run with this defense (losses, realised batch sizes, label frequencies,
+    held-out losses) is neither logged nor saved nor used, unless ``report.nonprivate_metrics`` is true.
+    """
 
     name: str
+    private = False
 
     def select(self, pool: Pool) -> list[Removal]:
         """Seam 1a: records to take out of training."""
@@ -209,6 +252,10 @@ class Defense(ABC):
     def wrap_sampler(self, sampler: Sampler) -> Sampler:
         """Seam 6: sampling of the saved model."""
         return sampler
+
+    def outlook(self) -> list[str]:
+        """Lines of the dry run, after `begin`."""
+        return [f"defense {self.name}: {self.claim()}"]
 
     @abstractmethod
     def claim(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 from defenses.augment import Augment, AugmentConfig
 from defenses.base import BatchPlan, Defense, GradientRule
 from defenses.dedup import Dedup, DedupConfig
+from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.errors import UserError
 
 
@@ -16,9 +17,10 @@ class DefensesConfig:
 
     dedup: DedupConfig | None = None
     augment: AugmentConfig | None = None
+    dpsgd: DPSGDConfig | None = None
 
 
-CLASSES = {"dedup": Dedup, "augment": Augment}
+CLASSES = {"dedup": Dedup, "augment": Augment, "dpsgd": DPSGD}
 
 
 def build(config: DefensesConfig) -> list[Defense]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from eval import wording
+from eval import claims, wording
 
 UNCONDITIONAL = """import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -75,7 +75,8 @@ def _tags(report: dict[str, Any], extraction: dict[str, Any] | None) -> list[str
     if (report["model"] or {}).get("classes"):
         kind = "class-conditional-image-generation"
     names = [str(entry["name"]) for entry in report.get("defenses") or []]
-    return ["deffuse", "privacy", kind, *(f"defense:{name}" for name in names)]
+    broken = ["not-private"] if claims.alarms(report) else []
+    return ["deffuse", "privacy", kind, *(f"defense:{name}" for name in names), *broken]
 
 
 def _data(data: dict[str, Any], model: dict[str, Any]) -> str:
@@ -102,19 +103,39 @@ def _defenses(report: dict[str, Any]) -> str:
         return (
             "None: the model was trained without a defense." if ours else "None known: the model was trained elsewhere."
         )
-    return "\n".join(f"- **{_text(entry['name'])}**: {_claim(entry.get('claim') or {})}" for entry in defenses)
+    parts = [f"**{_text(text)}**" for text in claims.alarms(report)]
+    heuristic = [
+        f"- **{_text(entry['name'])}**: {_text(claim.get('statement', 'nothing stated'))} (heuristic, no guarantee)"
+        for entry in defenses
+        if (claim := entry.get("claim") or {}).get("kind") != "dp"
+    ]
+    parts += ["\n".join(heuristic)] if heuristic else []
+    parts += [_private(name, words) for name, words in claims.of_report(report)]
+    audited = claims.audit((report["privacy"] or {}).get("audit"))
+    if audited:
+        parts.append(f"Audit, {_text(audited['title'])}. {_text(audited['text'])}\n\n{_table(audited['rows'])}")
+    return "\n\n".join(parts)
 
 
-def _claim(claim: dict[str, Any]) -> str:
-    if claim.get("kind") != "dp":
-        return f"{_text(claim.get('statement', 'nothing stated'))} (heuristic, no guarantee)"
-    text = (
-        f"differential privacy, epsilon {wording.number(claim.get('epsilon'))} at delta {wording.number(claim.get('delta'))} "
-        f"per {_text(claim.get('unit'))}, {_text(claim.get('adjacency'))} adjacency, "
-        f"accountant {_text(claim.get('accountant'))}"
-    )
-    not_covered = claim.get("not_covered")
-    return f"{text}. Not covered: {_text(wording.number(not_covered))}" if not_covered else text
+def _private(name: str, words: dict[str, Any]) -> str:
+    """A claim of differential privacy: the sentence, the bound, the mechanism, and what it does not cover."""
+    parts = [f"### {_text(name)}: " + ("differential privacy" if words["private"] else "NOT PRIVATE")]
+    if words["private"]:
+        parts += [_text(words["statement"])] if words["statement"] else []
+        parts += [f"**{_text(words['short'])}**", *map(_text, words["meaning"])]
+    parts.append(_table(words["accountants"] + words["mechanism"]))
+    if words["group"]:
+        heads = (f"{words['unit']}s at once", "epsilon", "odds change at most")
+        parts.append(_table(words["group"], heads))
+    parts += [_text(note) for note in words["notes"]]
+    listed = words["not_covered"] or ["The claim names nothing: ask what it leaves out."]
+    parts.append("Not covered:\n\n" + "\n".join(f"- {_text(line)}" for line in listed))
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ("what", "value")) -> str:
+    lines = [heads, tuple("---" for _ in heads), *(tuple(map(_text, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _leakage(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
@@ -133,6 +154,16 @@ def _leakage(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
             f"KID {wording.number(utility['kid'])}, precision {wording.number(utility['precision'])}, "
             f"recall {wording.number(utility['recall'])}"
         )
+        downstream = utility.get("downstream")
+        if downstream:
+            lines.append(
+                f"- A classifier trained on {downstream['n_train']:,} generations is right on "
+                f"{wording.percent(downstream['accuracy'])} of {downstream['n']:,} real held-out pictures (macro AUC "
+                f"{wording.fixed(downstream['macro_auc'])}); trained on as many real pictures on "
+                f"{wording.percent(downstream['train_on_real']['accuracy'])}; the most frequent class is "
+                f"{wording.percent(downstream['most_frequent'])}"
+            )
+    lines.append("- These figures are computed from private pictures: training and held-out ones.")
     return "\n".join(lines)
 
 

@@ -65,6 +65,10 @@ def check(config: SimpleNamespace) -> None:
         raise UserError(
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
+    if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
+        raise UserError(
+            "utility.downstream", "needs classes, and data.label_key is null", "set data.label_key, or downstream to null"
+        )
     if config.utility.features != "random-conv":
         verified_bytes(config.utility.weights, config.utility.weights_sha256)
     if config.generate.prompts is not None and not Path(config.generate.prompts).is_file():

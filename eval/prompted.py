@@ -19,7 +19,7 @@ from eval.cliques import largest_clique
 from eval.control import Rule, control
 from eval.extraction import Extraction, ExtractionConfig, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
-from train.ranks import together
+from defenses.ranks import together
 
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
 

@@ -8,6 +8,7 @@ import torch
 
 from defenses.errors import UserError
 from defenses.seeding import derive
+from eval.downstream import DownstreamConfig
 from eval.features import build_extractor, features
 
 
@@ -24,6 +25,8 @@ class UtilityConfig:
     kid_subsets: int = 100  # random subsets whose mean is KID and whose standard deviation is kid_std
     kid_subset_size: int = 100  # images per subset, at most what is there; KID is unbiased for any size
     neighbourhood: int = 3  # k of precision and recall (Kynkäänniemi et al. 2019)
+    # a classifier trained on generations, tested on held-out pictures; {}: on, for class-conditional models; null: off
+    downstream: DownstreamConfig | None = None
 
     def __post_init__(self):
         for key, least in (("batch_size", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("neighbourhood", 1)):
@@ -47,7 +50,7 @@ def measure(
     seed: int,
     accelerator: Any = None,
 ) -> dict[str, Any]:
-    """The report's ``utility``: FID, KID, precision and recall of generations against held-out pictures.
+    """Of the report's ``utility``: FID, KID, precision and recall of generations against held-out pictures.
 
     Args:
         generated, reference: uint8 [N, C, H, W], same C, H, W.
@@ -71,7 +74,6 @@ def measure(
         **frechet(generated_features, reference_features, seed),
         **kernel(generated_features, reference_features, config.kid_subsets, config.kid_subset_size, seed),
         **precision_recall(generated_features, reference_features, config.neighbourhood, seed),
-        "downstream": None,
     }
 
 

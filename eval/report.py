@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from defenses.errors import UserError
-from eval import evidence, plots, wording
+from eval import claims, evidence, plots, wording
 from eval.card import model_card
 from train.files import atomic
 
@@ -33,6 +33,9 @@ class ReportConfig:
     push_to_hub: str | None = (
         None  # owner/name to upload the model and its card to when all is done; null: nothing leaves
     )
+    # true: a differentially private run, too, logs losses and held-out metrics of its records, which its claim does not
+    # cover; the report says so
+    nonprivate_metrics: bool = False
 
     def __post_init__(self):
         for key in ("pairs", "grid"):
@@ -110,6 +113,9 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted
         "zero_hits": wording.zero_hits((extraction or {}).get("rate_ci95"), pictures),
         "verdict": wording.verdict(report),
         "not_measured": wording.not_measured(report),
+        "alarms": claims.alarms(report),
+        "claims": claims.of_report(report),
+        "audit": claims.audit((report["privacy"] or {}).get("audit")),
         "distance_name": wording.distance_name(utility.get("features")),
         "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
         "settings": [(key, value) for key, value in settings if value is not None],  # None: not of this protocol
@@ -156,15 +162,13 @@ def _grid(files: dict[str, Path], restricted: bool, most: int) -> dict[str, Any]
 
 
 def _defense(entry: dict[str, Any]) -> dict[str, Any]:
-    """A row of ``defenses`` with its settings and its claim as (key, text) rows."""
+    """A row of ``defenses``: settings as (key, value) rows, the claim in words (``dp``: of differential privacy, or None)."""
     claim = entry.get("claim") or {}
-    details = [(key, value) for key, value in claim.items() if key not in ("kind", "statement")]
     return {
         "name": entry["name"],
         "settings": wording.flatten(entry.get("settings") or {}),
-        "kind": claim.get("kind"),
         "statement": claim.get("statement"),
-        "details": details,
+        "dp": claims.in_words(claim) if claim.get("kind") == "dp" else None,
     }
 
 

@@ -20,6 +20,7 @@ from defenses import registry
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval import samples
+from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
 from eval.extraction import Extraction, Pictures, check_tier, untargeted
 from eval.prompted import prompted
 from eval.quality import measure
@@ -27,7 +28,7 @@ from eval.report import render
 from train.data import Dataset
 from train.files import write_csv, write_json
 from train.manifest import summary
-from train.ranks import on_main
+from defenses.ranks import on_main
 from train.runlog import RunDirectory, hardware, timestamp, versions
 from train.stage import SIDECAR, peak_memory
 
@@ -107,7 +108,8 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
             extraction.report |= {"sampler": sampler}
         extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
     with timed(output, "utility_seconds", accelerator):
-        utility = measure_utility(images, target.dataset, config, accelerator)
+        classes = source.facts["classes"] if source else None
+        utility = measure_utility(images, target.dataset, classes, config, accelerator)
     report = on_main(accelerator, lambda: assemble(target, config, source, images, extraction, utility, accelerator))
     if accelerator.is_main_process:
         write(target, config, report, extraction)
@@ -164,17 +166,31 @@ def attack(
 
 
 def measure_utility(
-    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
+    images: samples.Generations,
+    dataset: Dataset,
+    classes: list[str] | None,
+    config: SimpleNamespace,
+    accelerator: Accelerator,
 ) -> dict[str, Any] | None:
-    """Image quality against held-out pictures; None without them."""
+    """Image quality against held-out pictures, and use for a classifier; None without held-out pictures.
+
+    Args:
+        classes: labels that the model was conditioned on; none for other models.
+    """
     rows = dataset.rows("heldout")
     if not len(rows):
         return None
     names = [name for _, files in images.groups for name in files]
     generated = images.read(names, config.data.image_size, config.data.channels)
-    return measure(
+    quality = measure(
         generated, dataset.images[rows], config.utility, accelerator.device, config.run.seed, accelerator=accelerator
     )
+    if config.utility.downstream is None:
+        return quality | not_measured("it is switched off (utility.downstream)")
+    if not classes:
+        return quality | not_measured("the generations have no known classes")
+    labelled = Labelled(generated, labels_of_generations(images.folder, names, len(classes)))
+    return quality | measure_downstream(labelled, dataset, classes, config.utility.downstream, accelerator)
 
 
 def assemble(

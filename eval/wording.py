@@ -169,8 +169,11 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
 def not_measured(report: dict[str, Any]) -> list[str]:
     """One line for every part of report.json that is null, and the limits of what was run."""
     missing = [text for key, text in NOT_MEASURED.items() if _lookup(report, key) is None]
-    if report.get("utility") is None:
-        missing.remove(NOT_MEASURED["utility.downstream"])  # said by "utility"
+    downstream, utility = NOT_MEASURED["utility.downstream"], report.get("utility")
+    if utility is None:
+        missing.remove(downstream)  # said by "utility"
+    elif downstream in missing and utility.get("downstream_reason"):
+        missing[missing.index(downstream)] = f"{downstream} The reason: {utility['downstream_reason']}."
     extraction = (report["privacy"] or {}).get("extraction")
     if extraction is None:
         return missing

@@ -107,15 +107,7 @@ def fabricate_report(verified: int = 8) -> dict[str, Any]:
         "kind": "heuristic",
         "statement": "Removes copies: no picture is trained on more often than others.",
     }
-    private = {"kind": "dp", "epsilon": 7.913, "delta": 1e-5, "unit": "patient", "adjacency": "add-remove"}
-    private |= {"accountant": "PRV", "epsilon_crosscheck": 7.921, "sampling": "Poisson", "sample_rate": 0.0173}
-    private |= {
-        "noise_multiplier": 1.371,
-        "clip_norm": 1.25,
-        "steps": 2011,
-        "group_epsilon": None,
-        "not_covered": ["tuning runs"],
-    }
+    private = fabricate_claim()
     return {
         "schema": 1,
         "run": {
@@ -155,6 +147,30 @@ def fabricate_report(verified: int = 8) -> dict[str, Any]:
         "cost": {"train_seconds": 203.4, "images_per_second": 146.9, "generate_seconds": 25.3, "attack_seconds": 41.7}
         | {"peak_memory_bytes": 1234567890},
     }
+
+
+def fabricate_claim() -> dict[str, Any]:
+    """A claim of differential privacy with every field that one can have."""
+    claim = {"kind": "dp", "statement": "One patient changes any outcome by a factor of at most e^7.913."}
+    claim |= {"epsilon": 7.913, "delta": 1e-5, "unit": "patient", "units": 34, "adjacency": "add-remove"}
+    claim |= {"accountant": "PRV", "epsilon_crosscheck": 7.921, "crosscheck_accountant": "PLD"}
+    claim |= {"sampling": "Poisson over patients", "sample_rate": 0.0173, "noise_multiplier": 1.371, "clip_norm": 1.25}
+    claim |= {"batch_size": 17.5, "multiplicity": 6, "images_per_group": 4, "largest_group": None}
+    claim |= {"steps": 2011, "planned_steps": 2017, "segments": 2, "resumes": 1}
+    claim |= {"group_epsilon": {"2": 16.27, "8": 84.21, "32": None}, "queries": "noisy sums of clipped gradients"}
+    claim |= {"trust_model": "central: whoever trains is trusted", "libraries": {"opacus": "1.6.0"}}
+    claim |= {"not_private": [], "nonprivate_metrics": False, "not_covered": ["tuning runs", "side channels"]}
+    return claim
+
+
+def fabricate_downstream() -> dict[str, Any]:
+    """``utility.downstream`` of a classifier with three classes."""
+    real = {"accuracy": 0.9016, "accuracy_ci95": [0.8012, 0.9541], "accuracy_ci95_method": "Wilson"}
+    real |= {"macro_auc": 0.9712, "n_train": 123}
+    settings = {"steps": 500, "batch_size": 64, "learning_rate": 0.001, "seed": 0, "largest_side": 64, "weights": "last"}
+    found = {"task": "classification", "classes": 3, "n": 59, "n_unlabelled": 2, "most_frequent": 0.4068}
+    found |= {"accuracy": 0.7288, "accuracy_ci95": [0.6042, 0.8254], "accuracy_ci95_method": "Wilson"}
+    return found | {"macro_auc": 0.8534, "n_train": 123, "train_on_real": real, "settings": settings}
 
 
 def _picture(rng: np.random.Generator) -> np.ndarray:

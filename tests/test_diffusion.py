@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from defenses.base import Batch
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom
-from train.diffusion import DiffusionConfig, draw, loss_weight, noise_schedule, per_example_loss
+from train.diffusion import DiffusionConfig, biased_timesteps, draw, loss_weight, noise_schedule, per_example_loss
 
 TIMESTEPS = torch.tensor([0, 10, 250, 500, 900])
 
@@ -74,6 +75,65 @@ def test_draw_is_per_record():
     assert batch.timesteps[9] == single.timesteps[0]
     torch.testing.assert_close(batch.noise[9], single.noise[0], rtol=0, atol=0)
     assert len(batch.timesteps.unique()) > 50 and batch.timesteps.max() < 1000
+
+
+def test_uniform_timesteps_are_drawn_as_ever():
+    """Runs without weights must not change: these are the first integers of each record's stream."""
+    random = RecordRandom(3, 7, range(8), [0] * 8)
+    batch = draw(Batch(torch.zeros(8, 1, 2, 2), np.arange(8), None, random), noise_schedule(DiffusionConfig()))
+    assert torch.equal(batch.timesteps, random.integers("timestep", 1000))
+
+
+@pytest.mark.parametrize("weights", [[1, 3, 3, 1], [0, 1, 0, 5, 0], [2.0, 1.0, 7.0], [1]])
+@pytest.mark.parametrize("steps", [1000, 20])
+def test_timesteps_follow_their_weights(weights, steps):
+    """Chi-square over all timesteps; weights 1.5 times off must fail it."""
+    draws = biased_timesteps(torch.rand(40_000), weights, steps)
+    counts = np.bincount(draws.numpy(), minlength=steps)
+    assert draws.dtype == torch.int64 and len(counts) == steps
+
+    def p_value(assumed):
+        expected = np.zeros(steps)
+        for k, part in enumerate(np.array_split(np.arange(steps), len(assumed))):  # longer parts first
+            expected[part] = assumed[k] / sum(assumed) * 40_000 / len(part)
+        assert not counts[expected == 0].any()
+        return stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue
+
+    assert p_value(weights) > 1e-3
+    if len(weights) > 1:
+        k = int(np.argmax(weights))
+        assert p_value([w * 1.5 if i == k else w for i, w in enumerate(weights)]) < 1e-6
+
+
+def test_timesteps_at_the_ends_of_the_uniform_number():
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    assert biased_timesteps(ends, [1, 1], 1000).tolist() == [0, 500, 999]
+    assert biased_timesteps(ends, [0, 2, 2, 0], 1000).tolist() == [250, 500, 749]
+    assert biased_timesteps(ends[:0], [1, 2], 1000).shape == (0,)
+
+
+def test_weighted_timesteps_are_per_record_and_leave_the_noise_alone():
+    schedule = noise_schedule(DiffusionConfig())
+
+    def drawn(rows, weights):
+        random = RecordRandom(0, 0, rows, [0] * len(rows))
+        return draw(Batch(torch.zeros(len(rows), 1, 4, 4), np.array(rows), None, random), schedule, weights)
+
+    batch, single, plain = drawn(range(64), [0, 1, 1, 0]), drawn([9], [0, 1, 1, 0]), drawn(range(64), None)
+    assert batch.timesteps[9] == single.timesteps[0] and torch.equal(batch.noise, plain.noise)
+    assert 250 <= batch.timesteps.min() and batch.timesteps.max() < 750 and len(batch.timesteps.unique()) > 45
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [1, math.nan], [1, math.inf], [1e308, 1e308]])
+def test_weights_that_are_none(weights):
+    with pytest.raises(UserError, match="train.diffusion.timestep_weights"):
+        DiffusionConfig(timestep_weights=weights)
+
+
+def test_more_weights_than_timesteps():
+    DiffusionConfig(timestep_weights=[1.0] * 10, timesteps=10)
+    with pytest.raises(UserError, match="train.diffusion.timestep_weights: 11 stretches for 10"):
+        DiffusionConfig(timestep_weights=[1.0] * 11, timesteps=10)
 
 
 @pytest.mark.parametrize(("key", "value"), [("timesteps", 1), ("snr_gamma", 0.0)])

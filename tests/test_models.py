@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from defenses.errors import UserError
 from tests.small import opened
+from train import config as configuration
 from train.diffusion import DiffusionConfig, noise_schedule
 from train.models import SIZES, ModelConfig, build, check_schedule, parameter_count, save_pipeline
 from train.stage import train_model
@@ -96,3 +97,48 @@ def test_pretrained_folder_without_a_model(tmp_path, content):
         (tmp_path / "unet" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="model.pretrained"):
         build(ModelConfig(pretrained=str(tmp_path)), 16, 1, 0)
+
+
+def configured(*overrides: str) -> ModelConfig:
+    return configuration.objects(configuration.load({"model": ModelConfig}, None, overrides)).model
+
+
+def test_adapter_and_patterns_from_the_command_line():
+    assert configured().adapter is None and configured().trainable is None
+    config = configured("model.pretrained=x", "model.adapter={}", "model.trainable=['*norm*']")
+    assert config.adapter.targets == ["to_q", "to_k", "to_v", "to_out.0"] and config.trainable == ["*norm*"]
+    config = configured("model.pretrained=x", "model.adapter.rank=4", "model.adapter.targets=[conv1]")
+    assert (config.adapter.rank, config.adapter.targets) == (4, ["conv1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.adapter={}"], "model.adapter: would adapt random weights .give model.pretrained"),
+        (["model.trainable=[]"], "model.trainable: trains no parameter"),
+        (["model.pretrained=x", "model.adapter.rank=0"], "model.adapter.rank: 0 is less than 1"),
+        (["model.pretrained=x", "model.adapter.ranks=4"], "model.adapter.ranks"),
+    ],
+)
+def test_adapters_that_cannot_be(overrides, message):
+    with pytest.raises(UserError, match=message):
+        configured(*overrides)
+
+
+def test_patterns_freeze_the_rest():
+    model = build(ModelConfig(trainable=["*norm*"]), 16, 1, 0)
+    assert parameter_count(model, trainable=True) == sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+
+
+def test_training_an_adapter_on_pretrained_weights(tmp_path):
+    """Two configs: the released pipeline is the old one but for the adapted layers, and starts the next run."""
+    theirs = saved(tmp_path / "old").state_dict()
+    arguments = opened(
+        tmp_path, f"model.pretrained={tmp_path / 'old'}", "model.adapter.rank=2", "train.steps=3", "train.ema_decay=0"
+    )
+    facts = train_model(*arguments)
+    assert facts["trainable_parameters"] == 4 * 2 * 2 * 64  # the attention in the middle: 4 layers of 64 x 64
+    trained = build(ModelConfig(pretrained=str(arguments[2].model)), 16, 1, 0).state_dict()
+    changed = {name for name in theirs if not torch.equal(trained[name], theirs[name])}
+    assert changed == {f"mid_block.attentions.0.{layer}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert (arguments[2].model / "adapter" / "adapter_model.safetensors").is_file()

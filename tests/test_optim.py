@@ -23,7 +23,7 @@ def test_mean_gradient_does_not_depend_on_accumulation(parts):
     def loss(module, batch):
         return module(batch.images).square().squeeze(1)
 
-    returned = MeanGradient().backward(model, loss, microbatches(images, parts), 7, Accelerator(cpu=True))
+    returned = MeanGradient(7).backward(model, loss, microbatches(images, parts), 0, Accelerator(cpu=True))
     residual = images @ model.weight.detach().T + model.bias.detach()  # d/dw mean (wx + b)^2 = 2/N sum (wx + b) x
     expected = 2 / 7 * (residual * images).sum(0)
     torch.testing.assert_close(model.weight.grad[0], expected)

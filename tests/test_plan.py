@@ -38,3 +38,12 @@ def test_positions_are_uniform():
 
 def test_repeats_counts_earlier_occurrences():
     np.testing.assert_array_equal(repeats(np.array([4, 7, 4, 4, 7])), [0, 0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 3), (3, 2)])
+def test_microbatches_hold_every_place_once(world_size, accumulation):
+    plan = EpochPlan(ROWS, 7, seed=0, accumulation=accumulation)
+    parts = [plan.microbatches(ROWS, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate([place for rank in parts for place in rank])) == list(range(7))
+    sizes = [sum(map(len, rank)) for rank in parts]
+    assert max(sizes) - min(sizes) <= 1 and all(len(rank) <= accumulation for rank in parts)

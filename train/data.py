@@ -18,7 +18,7 @@ from defenses.copies import CopyRule, find_copies, relatives
 from defenses.errors import UserError
 from train.dataconfig import DataConfig
 from train.files import atomic, write_json
-from train.ranks import together
+from defenses.ranks import together
 from train.shards import Outcome, decode_shard, make_folder, merge_shards
 from train.sources import Item, open_source
 from train.splits import blocks, refuse_straddling, renumber, sides

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from defenses import registry
 from train.data import Dataset, prepare
+from train.diffusion import autocast
 from train.loop import Trainer
 from train.manifest import summary
 from train.models import parameter_count
-from train.ranks import on_main
+from defenses.ranks import on_main
 from train.records import class_names, select_records
 from train.runlog import RunDirectory
 from train.stage import build_trainer
@@ -69,7 +70,7 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
-    batches = trainer.microbatches(trainer.plan.batch(0))
+    batches = list(trainer.microbatches(trainer.plan.batch(0)))
     if not batches:  # a batch drawn at random may be empty
         rows = dataset.rows("train", kept=True)[:1]
         batches = [trainer.batch(rows, rows * 0)]
@@ -80,8 +81,10 @@ def describe_training(
     if batches[0].labels is not None:
         say(f"labels {tuple(batches[0].labels.shape)}, classes {model.config.num_class_embeds}")
     for defense in trainer.defenses:
-        say(f"defense {defense.name}: {defense.claim()}")
-    saved = activation_bytes(lambda: trainer.loss(model, batches[0]).sum())
+        for line in defense.outlook():
+            say(line)
+    with autocast(images.device, config.train.precision):
+        saved = activation_bytes(lambda: trainer.loss(model, batches[0]).sum())
     # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
     memory = 4 * (2 * parameters + 3 * trainable + parameters) + saved
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from diffusers import DDPMScheduler
 from torch import nn
 from tqdm import tqdm
 
-from defenses.base import Batch, BatchPlan, CheckpointView, Defense, GradientRule
+from defenses.base import Batch, BatchPlan, CheckpointView, Defense, GradientRule, Microbatches
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, derive
 from train import checkpoint
-from train.diffusion import autocast, draw, per_example_loss
+from train.diffusion import draw, per_example_loss
 from train.plan import repeats
 from train.runlog import RunDirectory
 from train.state import TrainConfig, TrainState
@@ -45,6 +46,7 @@ class Trainer:
     evaluate: Callable[[], dict[str, float]]  # held-out losses of the current EMA weights
     preview: Callable[[int], None]
     view: Callable[[int], CheckpointView]
+    quiet: bool  # nothing that was measured on the records is logged or saved
 
     def train(self) -> None:
         """Trains from ``state.step`` to the end, or until a defense or a signal stops it."""
@@ -62,9 +64,11 @@ class Trainer:
             while state.step < last_step and state.stopped_by is None:
                 started = time.perf_counter()
                 losses = self.step()
-                state.loss_sum = state.loss_sum.to(losses.device) + losses.sum(dtype=torch.float64)
-                state.loss_count += len(losses)
+                if not self.quiet:
+                    state.loss_sum = state.loss_sum.to(losses.device) + losses.sum(dtype=torch.float64)
+                    state.loss_count += len(losses)
                 state.step += 1
+                state.images_seen = round(state.step * self.plan.images_per_step)
                 bar.update()
                 stop = self.interrupted_anywhere(interrupted)
                 state.seconds += time.perf_counter() - started  # training alone, without what follows
@@ -72,7 +76,7 @@ class Trainer:
                 if due.log:
                     self.log(bar, state.seconds - mark)
                     mark = state.seconds
-                if due.heldout:
+                if due.heldout and not self.quiet:
                     self.record(self.evaluate())
                 if due.preview:
                     self.preview(state.step)
@@ -85,39 +89,44 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         """One optimizer step. Returns this rank's per-example losses, float32 [b]."""
-        state, config = self.state, self.config
-        rows = self.plan.batch(state.step)
-        microbatches = self.microbatches(rows)
+        state = self.state
+        microbatches = self.microbatches(self.plan.batch(state.step))
         torch.manual_seed(derive(self.seed, "dropout", state.step, self.accelerator.process_index))
-        losses = self.rule.backward(self.wrapped, self.loss, microbatches, config.batch_size, self.accelerator)
+        losses = self.rule.backward(self.wrapped, self.loss, microbatches, state.step, self.accelerator)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
         state.ema.step(state.model.parameters())
-        state.images_seen += len(rows)
         return losses
 
-    def microbatches(self, rows: np.ndarray) -> list[Batch]:
-        """This rank's share of the global batch, cut for accumulation, with augmentation, timesteps and noise."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+    def microbatches(self, rows: np.ndarray) -> Microbatches:
+        """This rank's share of the global batch, with augmentation, timesteps and noise."""
+        parts = self.plan.microbatches(rows, self.accelerator.process_index, self.accelerator.num_processes)
         order = repeats(rows)
-        parts = np.array_split(self.plan.share(rows, rank, world), self.config.accumulation)
-        return [self.batch(rows[part], order[part]) for part in parts if len(part)]
+        return Microbatches([partial(self.batch, rows[part], order[part]) for part in parts])
 
     def batch(self, rows: np.ndarray, repeat: np.ndarray) -> Batch:
         pixels, labels = self.fetch(rows)  # uint8 [b, C, H, W], int64 [b] | None
+        return self.change(pixels, labels, RecordRandom(self.plan.seed, self.state.step, rows, repeat), rows)
+
+    def example(self, count: int) -> Batch:
+        """A batch of random images in place of records, to try the model on before any record is touched."""
+        pixels, labels = self.fetch(np.zeros(1, dtype=np.int64))  # shapes and types alone are used
+        random = RecordRandom(self.seed, 0, range(count), [0] * count)
+        noise = (random.uniform("example", *pixels.shape[1:]) * 255).to(torch.uint8)
+        return self.change(noise, None if labels is None else labels.new_zeros(count), random, np.arange(count))
+
+    def change(self, pixels: torch.Tensor, labels: torch.Tensor | None, random: RecordRandom, rows: np.ndarray) -> Batch:
         device = self.accelerator.device
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
-        labels = None if labels is None else labels.to(device)
-        batch = Batch(images, rows, labels, RecordRandom(self.seed, self.state.step, rows, repeat))
+        batch = Batch(images, rows, None if labels is None else labels.to(device), random)
         for defense in self.defenses:
             batch = defense.change_batch(batch)
-        return draw(batch, self.schedule)
+        return draw(batch, self.schedule, self.config.diffusion.timestep_weights)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Per-example losses after the defenses, float32 [b]: a pure function of (weights, batch)."""
-        with autocast(batch.images.device, self.config.precision):
-            losses = per_example_loss(model, batch, self.schedule, self.config.diffusion.snr_gamma)
+        losses = per_example_loss(model, batch, self.schedule, self.config.diffusion.snr_gamma)
         for defense in self.defenses:
             losses = defense.change_loss(losses, batch)
         return losses
@@ -126,12 +135,14 @@ class Trainer:
         """One line of metrics.jsonl: mean loss over all ranks since the last line, learning rate, speed."""
         state = self.state
         total, count = self.loss_totals()
-        loss = total / count if count else None
         state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
         self.refuse_nonfinite(total)
-        speed = count / seconds
+        rate = self.lr_schedule.get_last_lr()[0]
+        if self.quiet:
+            return self.record({"learning_rate": rate})
+        loss, speed = total / count if count else None, count / seconds
         bar.set_postfix(loss="-" if loss is None else f"{loss:.4f}", images_per_s=f"{speed:.0f}")
-        self.record({"loss": loss, "learning_rate": self.lr_schedule.get_last_lr()[0], "images_per_second": speed})
+        self.record({"loss": loss, "learning_rate": rate, "images_per_second": speed})
 
     def record(self, values: dict[str, float]) -> None:
         self.directory.log({"step": self.state.step, **values})

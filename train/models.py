@@ -9,6 +9,7 @@ from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from defenses.errors import UserError
+from train import adapters
 
 # Block widths, residual layers per block, levels with attention. "base" has the layout of google/ddpm-cifar10-32 and "large"
 # that of diffusers' unconditional training example, so that their published figures can be compared.
@@ -31,20 +32,36 @@ class ModelConfig:
     )
     revision: str | None = None  # revision of a hub id; null: its default
     dropout: float = 0.0  # probability inside residual blocks
+    # low-rank adapters on a frozen network; null: none
+    adapter: adapters.AdapterConfig | None = None
+    # shell-style patterns of the parameters that are trained, beside the adapter where there is one, e.g. ["*norm*", "*.bias",
+    # "class_embedding*"]; null: all, with an adapter none but its own
+    trainable: list[str] | None = None
 
     def __post_init__(self):
+        if self.adapter is not None and self.pretrained is None:
+            raise UserError(
+                "model.adapter", "would adapt random weights", "give model.pretrained, or set model.adapter=null"
+            )
+        if self.trainable == [] and self.adapter is None:
+            raise UserError("model.trainable", "trains no parameter", "null trains all")
         if not 0 <= self.dropout < 1:
             raise UserError("model.dropout", f"{self.dropout} is not a probability below 1", "choose 0 <= dropout < 1")
 
 
 def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:
-    """UNet for [B, channels, image_size, image_size]; ``classes`` 0 means unconditional.
+    """UNet for [B, channels, image_size, image_size]; ``classes`` 0 means unconditional. Only what is trained has
+    ``requires_grad``. Random weights come from torch's global generator.
 
     Raises:
-        UserError: the image size does not fit the number of levels, or the pretrained weights do not fit the data.
+        UserError: the image size does not fit the number of levels, the pretrained weights do not fit the data, or the
+            adapter or the trainable patterns do not fit the model.
     """
-    if config.pretrained is not None:
-        return _load_pretrained(config, image_size, channels, classes)
+    source = _from_scratch if config.pretrained is None else _load_pretrained
+    return adapters.apply(source(config, image_size, channels, classes), config.adapter, config.trainable)
+
+
+def _from_scratch(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:
     widths, layers, attention = SIZES[config.size]
     _check_size(image_size, len(widths))
     down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
@@ -126,10 +143,12 @@ def _load_pretrained(config: ModelConfig, image_size: int, channels: int, classe
 def save_pipeline(folder: Path, model: nn.Module, scheduler: DDPMScheduler) -> None:
     """Writes ``model`` with its noise schedule as a diffusers `DDIMPipeline` (safetensors).
 
-    The weights may live on any device; the pipeline loads with ``DiffusionPipeline.from_pretrained(folder)``.
+    The weights may live on any device; the pipeline loads with ``DiffusionPipeline.from_pretrained(folder)``, without PEFT: an
+    adapter is merged into the weights. Where it is all that was trained, it also lies by itself in ``adapter/``.
     """
-    pipeline = DDIMPipeline(unet=model, scheduler=scheduler)
+    pipeline = DDIMPipeline(unet=adapters.merged(model), scheduler=scheduler)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    adapters.save(folder / "adapter", model)
 
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:

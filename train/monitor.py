@@ -13,7 +13,7 @@ from defenses.base import Batch
 from defenses.seeding import RecordRandom, derive
 from train.data import Dataset
 from train.diffusion import autocast, per_example_loss
-from train.records import class_frequency, labels_of
+from train.records import labels_of
 from train.sampling import SamplerConfig, blocks, class_of_sample, sample
 from train.state import TrainState, averaged_weights
 
@@ -66,23 +66,21 @@ def heldout_losses(
 
 def sample_on_all_ranks(
     config: SimpleNamespace,
-    dataset: Dataset,
     state: TrainState,
     schedule: DDPMScheduler,
-    names: list[str],
+    frequency: np.ndarray,
     indices: Sequence[int],
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Images of the EMA weights for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
+    """Images of the EMA weights for sample indices, of classes as frequent as ``frequency`` (int64 [classes]), drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
     steps = min(25, config.train.diffusion.timesteps)
     sampler = SamplerConfig(steps=steps, batch_size=8)  # small blocks, so that every rank has some
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    frequency = class_frequency(dataset, names)
     drawn = []
     with averaged_weights(state) as model:
         for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
             chosen = [indices[i] for i in block]
-            labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if names else None
+            labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if len(frequency) else None
             images = sample(
                 model,
                 schedule.config,

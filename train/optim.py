@@ -8,8 +8,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from defenses.base import Batch, LossFunction
+from defenses.base import Batch, LossFunction, Microbatches
 from defenses.errors import UserError
+from train.diffusion import autocast
 
 
 @dataclass(kw_only=True)
@@ -21,15 +22,15 @@ class OptimizerConfig:
     beta2: float = 0.999
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: int = 100
-    max_grad_norm: float | None = 1.0  # clip the gradient of the batch to this l2 norm; null: never
+    # Clip the gradient of the batch to this l2 norm. auto: 1.0, or never where a defense owns the gradient; null: never.
+    max_grad_norm: float | str | None = "auto"
 
     def __post_init__(self):
         if self.warmup_steps < 0:
             raise UserError("train.optimizer.warmup_steps", f"{self.warmup_steps} is negative", "0 means no warm-up")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise UserError(
-                "train.optimizer.max_grad_norm", f"{self.max_grad_norm} is not positive", "null switches it off"
-            )
+        norm = self.max_grad_norm
+        if norm is not None and norm != "auto" and (isinstance(norm, str) or norm <= 0):
+            raise UserError("train.optimizer.max_grad_norm", f"{norm} is not positive", "null switches it off")
 
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -48,24 +49,32 @@ class MeanGradient:
     """The gradient of the mean loss over the global batch: what training without a defense at seam 4 uses.
 
     Args:
-        max_grad_norm: clips that mean to this l2 norm; None: never.
+        batch_size: records of a global batch, a constant.
+        max_grad_norm: clips that mean to this l2 norm; "auto": to 1; None: never.
+        precision: "bf16" or "fp32" arithmetic of the forward pass.
     """
 
     prepares_model = True
 
-    def __init__(self, max_grad_norm: float | None = None):
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, batch_size: int, max_grad_norm: float | str | None = None, precision: str = "fp32"):
+        self.batch_size, self.precision = batch_size, precision
+        self.max_grad_norm = 1.0 if max_grad_norm == "auto" else max_grad_norm
+
+    def check(self, model: nn.Module, loss: LossFunction, example: Batch) -> None:
+        """Every model has a mean gradient."""
+        return None
 
     def backward(
-        self, model: nn.Module, loss: LossFunction, microbatches: list[Batch], batch_size: int, accelerator: Any
+        self, model: nn.Module, loss: LossFunction, microbatches: Microbatches, step: int, accelerator: Any
     ) -> torch.Tensor:
         """See `defenses.base.GradientRule`. DDP averages over ranks, hence the factor ``num_processes``."""
-        scale = accelerator.num_processes / batch_size
+        scale = accelerator.num_processes / self.batch_size
         losses = []
         for position, microbatch in enumerate(microbatches):
             last = position == len(microbatches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                examples = loss(model, microbatch)  # [b]
+                with autocast(microbatch.images.device, self.precision):
+                    examples = loss(model, microbatch)  # [b]
                 (examples.sum() * scale).backward()
             losses.append(examples.detach())
         if self.max_grad_norm is not None:

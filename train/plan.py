@@ -14,10 +14,12 @@ class EpochPlan:
         rows: rows of the training records, int64 [N], N >= 1.
         batch_size: global batch size.
         seed: ``run.seed``.
+        accumulation: micro-batches per rank and step.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int):
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, accumulation: int = 1):
+        self._rows, self._batch_size, self._accumulation = rows, batch_size, accumulation
+        self.seed, self.images_per_step = seed, batch_size
         self._epoch, self._order = -1, rows
 
     def batch(self, step: int) -> np.ndarray:
@@ -26,13 +28,14 @@ class EpochPlan:
         epochs, offsets = np.divmod(position, len(self._rows))
         return np.concatenate([self._permutation(epoch)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
-    def share(self, rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-        """Every W-th place, so that shares differ by one record at most."""
-        return np.arange(rank, len(rows), world_size)
+    def microbatches(self, rows: np.ndarray, rank: int, world_size: int) -> list[np.ndarray]:
+        """Every W-th place, so that ranks differ by one record at most, cut into ``accumulation`` parts."""
+        parts = np.array_split(np.arange(rank, len(rows), world_size), self._accumulation)
+        return [part for part in parts if len(part)]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            random = np.random.Generator(np.random.Philox(derive(self._seed, "epoch", int(epoch))))
+            random = np.random.Generator(np.random.Philox(derive(self.seed, "epoch", int(epoch))))
             self._epoch, self._order = epoch, random.permutation(self._rows)
         return self._order
 

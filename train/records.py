@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from defenses.base import Defense, Pool
 from defenses.errors import UserError
 from train.data import Dataset
-from train.ranks import on_main
+from defenses.ranks import on_main
 
 
 def select_records(

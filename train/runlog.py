@@ -34,8 +34,21 @@ class RunConfig:
 
 
 # Keys that may differ when a run is resumed: they change no number. (Where the data lie is checked by their content.)
+# Those of DP-SGD may change while training is not finished: the ledger books every step with the settings it was made with.
+WHILE_TRAINING = "defenses.dpsgd."
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
-LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "opacus", "datasets", "omegaconf", "torch-fidelity")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "opacus",
+    "dp-accounting",
+    "peft",
+    "datasets",
+    "omegaconf",
+    "torch-fidelity",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -91,10 +104,12 @@ class RunDirectory:
                 "run.output_dir", f"{self.path}: {error.strerror}", "choose a folder that can be written"
             ) from error
         self._lock()
-        stored = self.path / "config.yaml"
+        stored, changed = self.path / "config.yaml", {}
         if stored.exists():
-            _refuse_changes(OmegaConf.load(stored), config, self.path)
-        elif self.main:
+            changed = _changes(OmegaConf.load(stored), config)
+            free = () if self.model.exists() else (WHILE_TRAINING,)
+            _refuse_changes({key: pair for key, pair in changed.items() if not key.startswith(free)}, self.path)
+        if self.main and (not stored.exists() or changed):
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
         if self.main and not (self.path / "environment.json").exists():
@@ -159,17 +174,20 @@ def _parse(line: str) -> dict | None:
         return None
 
 
-def _refuse_changes(stored: DictConfig, config: DictConfig, path: Path) -> None:
+def _changes(stored: DictConfig, config: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every setting that differs and changes a number."""
     old, new = _leaves(OmegaConf.to_container(stored)), _leaves(OmegaConf.to_container(config))
-    changed = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(NO_RESULT)
-    )
+    differing = (key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (old.get(key), new.get(key)) for key in differing if not key.startswith(NO_RESULT)}
+
+
+def _refuse_changes(changed: dict[str, tuple[Any, Any]], path: Path) -> None:
     if changed:
-        key = changed[0]
+        key, (old, new) = min(changed.items(), key=lambda item: item[0])
         raise UserError(
             key,
-            f"{path} was made with {old.get(key)!r}, now {new.get(key)!r}"
-            + (f" and {len(changed) - 1} more changes" if changed[1:] else ""),
+            f"{path} was made with {old!r}, now {new!r}"
+            + (f" and {len(changed) - 1} more changes" if len(changed) > 1 else ""),
             "choose another run.name, or give the same settings to resume",
         )
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from defenses import registry
-from defenses.base import CheckpointView, Defense, RunContext
+from defenses.base import BatchPlan, CheckpointView, Defense, GradientRule, RunContext
 from defenses.errors import UserError
 from defenses.seeding import derive
 from train import checkpoint
@@ -26,7 +26,7 @@ from train.models import build, check_schedule, memory_format, parameter_count, 
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import MeanGradient, build_optimizer, build_schedule
 from train.plan import EpochPlan
-from train.ranks import on_main
+from defenses.ranks import on_main, together
 from train.records import class_frequency, class_names, labels_of, pool_of
 from train.runlog import RunDirectory
 from train.sampling import save_grid
@@ -98,24 +98,28 @@ def build_trainer(
     schedule = noise_schedule(settings.diffusion)
     check_schedule(config.model, schedule)
     context = RunContext(
-        pool_of(dataset), settings.steps, settings.batch_size, config.run.seed, directory.path, accelerator
+        pool=pool_of(dataset),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        precision=settings.precision,
+        seed=config.run.seed,
+        nonprivate_metrics=config.report.nonprivate_metrics,
+        folder=directory.path,
+        accelerator=accelerator,
     )
     for defense in defenses:
         defense.begin(context)
-    default = MeanGradient(settings.optimizer.max_grad_norm)
-    rule = registry.gradient_rule(defenses, default)
-    plan = registry.batch_plan(defenses, rows, settings.batch_size, config.run.seed)
-    if plan is not None and rule is default:
-        raise UserError(
-            "defenses", "batches are drawn by a defense, but none of them owns the gradient", "switch it off"
-        )
-    heldout = heldout_batches(config, dataset, names, accelerator)
+    plan, rule = plan_and_rule(config, rows, defenses)
+    quiet = is_quiet(config, defenses)
+    heldout = {} if quiet else heldout_batches(config, dataset, names, accelerator)
+    frequency = sampling_frequency(config, dataset, defenses, names)
 
     def fetch(batch_rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         return torch.from_numpy(dataset.images[batch_rows]), labels_of(dataset, batch_rows, names)
 
     def draw_samples(indices) -> torch.Tensor:
-        return sample_on_all_ranks(config, dataset, state, schedule, names, indices, accelerator)
+        return sample_on_all_ranks(config, state, schedule, frequency, indices, accelerator)
 
     def preview(step: int) -> None:
         images = draw_samples(range(settings.preview_count))
@@ -125,13 +129,13 @@ def build_trainer(
     def view(step: int) -> CheckpointView:
         return CheckpointView(step, draw_samples, pool_of(dataset), dataset.rows("calibration"))
 
-    return Trainer(
+    trainer = Trainer(
         config=settings,
         seed=config.run.seed,
         state=state,
         wrapped=accelerator.prepare_model(model) if rule.prepares_model else model,
         schedule=schedule,
-        plan=plan or EpochPlan(rows, settings.batch_size, config.run.seed),
+        plan=plan,
         fetch=fetch,
         rule=rule,
         defenses=defenses,
@@ -141,7 +145,61 @@ def build_trainer(
         evaluate=lambda: heldout_losses(config, state, schedule, heldout, accelerator),
         preview=preview,
         view=view,
+        quiet=quiet,
     )
+    together(accelerator, lambda: rule.check(model, trainer.loss, trainer.example(4)))
+    return trainer
+
+
+def plan_and_rule(
+    config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]
+) -> tuple[BatchPlan, GradientRule]:
+    """How batches are drawn and how their losses become a gradient: the defenses' way, or the ordinary one.
+
+    Raises:
+        UserError: two defenses want the same, or settings that contradict the defense that does.
+    """
+    settings = config.train
+    default = MeanGradient(settings.batch_size, settings.optimizer.max_grad_norm, settings.precision)
+    rule = registry.gradient_rule(defenses, default)
+    plan = registry.batch_plan(defenses, rows, settings.batch_size, config.run.seed)
+    if rule is default:
+        if plan is not None:
+            raise UserError(
+                "defenses", "batches are drawn by a defense, but none of them owns the gradient", "switch it off"
+            )
+    elif settings.optimizer.max_grad_norm not in (None, "auto"):
+        raise UserError(
+            "train.optimizer.max_grad_norm",
+            "a defense owns the gradient; clipping it once more would only rescale what it released",
+            "set it to null",
+        )
+    return plan or EpochPlan(rows, settings.batch_size, config.run.seed, settings.accumulation), rule
+
+
+def is_quiet(config: SimpleNamespace, defenses: list[Defense]) -> bool:
+    """Whether what is measured on the records stays out of logs, checkpoints and decisions.
+
+    Raises:
+        UserError: a defense wants to decide on such measurements.
+    """
+    quiet = any(defense.private for defense in defenses) and not config.report.nonprivate_metrics
+    watchers = [d.name for d in defenses if type(d).after_checkpoint is not Defense.after_checkpoint]
+    if quiet and watchers:
+        raise UserError(
+            f"defenses.{watchers[0]}",
+            "stops or chooses by looking at private records, which a DP guarantee does not cover",
+            "switch it off, or accept it with report.nonprivate_metrics=true",
+        )
+    return quiet
+
+
+def sampling_frequency(
+    config: SimpleNamespace, dataset: Dataset, defenses: list[Defense], names: list[str]
+) -> np.ndarray:
+    """Weight of every class in what is generated, int64 [classes]: as in training, or equal where that is private."""
+    frequency = class_frequency(dataset, names)
+    return np.ones_like(frequency) if is_quiet(config, defenses) else frequency
 
 
 def start_trackers(config: SimpleNamespace, accelerator: Accelerator) -> None:
@@ -173,7 +231,7 @@ def release(
         "defenses": [describe(defense, config) for defense in trainer.defenses],
         "defense_states": {defense.name: defense.state_dict() for defense in trainer.defenses},
         "classes": names,
-        "class_frequency": class_frequency(dataset, names).tolist(),
+        "class_frequency": sampling_frequency(config, dataset, trainer.defenses, names).tolist(),
         "image_size": config.data.image_size,
         "channels": config.data.channels,
         "precision": config.train.precision,
