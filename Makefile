@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 TEST_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test test-fast lint format smoke bench clean
+.PHONY: demo test test-fast lint format smoke bench audit mutants clean
 
 demo: $(VENV)/.installed
 	$(LAUNCH) train/run.py $(ARGS)
@@ -33,6 +33,15 @@ smoke: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_throughput.py
+	$(BIN)/python bench/dp_step.py
+
+# Does one private step give away more than its noise allows? On a tiny network, 1,000 trials with and without a record.
+audit: $(VENV)/.installed
+	$(BIN)/python -m eval.audit_mechanism
+
+# Every bug of docs/dpsgd.md planted on purpose: each must be caught by its test.
+mutants: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)")'

@@ -157,9 +157,13 @@ def main() -> None:
         print(f"{case}, {steps['vmap'].trained} trained: ordinary {seconds['ordinary']:.3f} s")
         for way in WAYS:
             command = [sys.executable, __file__, "--memory", case, way, "--precision", arguments.precision]
-            peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            peak = json.loads(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+            )
             low, high = min(ratios[way]), max(ratios[way])
-            print(f"  {way:9s} {median(ratios[way]):.2f} x ({low:.2f} to {high:.2f}), {peak / 2**20:.0f} MiB at the peak")
+            print(
+                f"  {way:9s} {median(ratios[way]):.2f} x ({low:.2f} to {high:.2f}), {peak / 2**20:.0f} MiB at the peak"
+            )
 
 
 if __name__ == "__main__":

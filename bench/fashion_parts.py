@@ -31,7 +31,9 @@ def main(source: Path, folder: Path) -> None:
     private = np.concatenate([private, np.repeat(planted, COPIES - 1)])
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("public", public), ("private", private)):
-        np.savez_compressed(folder / f"{name}.npz", **arrays | {"train_images": images[rows], "train_labels": labels[rows]})
+        np.savez_compressed(
+            folder / f"{name}.npz", **arrays | {"train_images": images[rows], "train_labels": labels[rows]}
+        )
     rows = [int(np.flatnonzero(private == row)[0]) for row in planted]
     (folder / "planted.json").write_text(json.dumps({"rows": rows, "copies": COPIES}) + "\n")
     print(f"public {len(public)}, private {len(private)} ({PLANTED} pictures {COPIES}-fold)")

@@ -26,12 +26,16 @@ class Pool:
         rows: rows of ``images`` that are still kept in the training split, ascending.
         pixel_hash: digest of each row's decoded pixels at their original size (equal = exact copy), length N.
         group: group (patient) of each row or None, length N.
+        record_id: stable name of each row's record, length N.
+        seed: ``run.seed``, for choices that a defense draws.
     """
 
     images: np.ndarray
     rows: np.ndarray
     pixel_hash: Sequence[str]
     group: Sequence[str | None]
+    record_id: Sequence[str] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ TRUST = (
 QUERIES = "noisy sums of clipped gradients, one per step; nothing else of the records was released"
 NOT_COVERED = (
     "choosing settings by looking at results: every further run on the same records spends a budget of its own",
-    "pictures of one {unit} that occur in other {unit}s, too: see the figures for several at once",
-    "deduplication, filtering or any choice of records that looks at more than one of them: the bound holds for what was left",
+    "copies of the pictures of one {unit} among the other {unit}s: see the figures for several at once",
+    "deduplication, filtering, and the division into training and held-out records, which look at copies and groups: the bound "
+    "holds for the training set as it then was",
     "the data on which the starting weights were trained",
-    "this report with its attack and quality figures, and the folder of the run: they are computed from the records and are for their holder",
-    "the names of the classes, the number of {unit}s, and when and for how long training ran",
+    "this report and its model card with their attack and quality figures, and the folder of the run: they are computed from the "
+    "records and are for their holder",
+    "the names of the classes, the number of {unit}s, and when, for how long and with how much memory training ran",
     "attacks on floating-point arithmetic, and on the generator of the random numbers, which is not a cryptographic one",
 )
 

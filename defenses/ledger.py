@@ -83,9 +83,13 @@ class Ledger:
         known = [line for line in found if line is not None]
         if torn and not known:  # the very first line: booked, but its step was never made
             return []
-        starts = sum(1 for before, after in zip(known, known[1:], strict=False) if before["process"] != after["process"])
+        starts = sum(
+            1 for before, after in zip(known, known[1:], strict=False) if before["process"] != after["process"]
+        )
         if len(torn) > starts + 2:  # a process can be killed once
-            raise UserError(str(self.file), f"{len(torn)} lines cannot be read", "restore it: the budget is counted by it")
+            raise UserError(
+                str(self.file), f"{len(torn)} lines cannot be read", "restore it: the budget is counted by it"
+            )
         return [line or _neighbour(found, place) for place, line in enumerate(found)]
 
     def segments(self) -> list[Segment]:

@@ -21,9 +21,7 @@ class PoissonPlan:
         secret: entropy shared by the ranks. Whoever knows it knows who was in every batch.
     """
 
-    def __init__(
-        self, units: list[np.ndarray], sample_rate: float, cap: int, views: int, physical: int, secret: int
-    ):
+    def __init__(self, units: list[np.ndarray], sample_rate: float, cap: int, views: int, physical: int, secret: int):
         self._units, self._cap, self._views, self._physical = units, cap, views, physical
         self.sample_rate = sample_rate  # what the accountant is told
         self.seed = derive_wide(secret, "records")

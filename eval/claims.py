@@ -89,7 +89,9 @@ def membership_sentence(epsilon: float, delta: float, unit: str) -> str:
         f"{percent(membership_bound(epsilon, delta, rate))} where it wrongly accuses {percent(rate)} of outsiders"
         for rate in FALSE_ALARMS
     )
-    return f"The bound allows a test for membership to recognise at most this share of the {unit}s trained on: {at_most}."
+    return (
+        f"The bound allows a test for membership to recognise at most this share of the {unit}s trained on: {at_most}."
+    )
 
 
 def audit(block: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -99,12 +101,10 @@ def audit(block: dict[str, Any] | None) -> dict[str, Any] | None:
     rows = [(key.replace("_", " "), number(value, 6)) for key, value in block.items() if key not in ("kind", "note")]
     found, claimed = block.get("epsilon_lower_bound"), block.get("claimed_epsilon")
     text = "A lower bound can show a mistake in the mechanism; it never proves privacy."
-    if block.get("ceiling") is not None:
-        text += f" An audit of this size could have shown {number(block['ceiling'])} at most, even without any noise."
     return {
         "title": str(block.get("kind") or "audit"),
         "rows": rows,
-        "text": text + (f" {block['note']}" if block.get("note") else ""),
+        "text": f"{text} {block.get('note') or ''}".strip(),
         "contradicts": found is not None and claimed is not None and found > claimed,
     }
 
@@ -119,8 +119,8 @@ def alarms(report: dict[str, Any]) -> list[str]:
     audited = audit((report.get("privacy") or {}).get("audit"))
     if audited and audited["contradicts"]:
         found.append(
-            "NOT PRIVATE as claimed. The audit measured more leakage than the claimed epsilon allows: there is a mistake in "
-            "the mechanism or in its accounting."
+            "NOT PRIVATE as claimed. The audit's lower bound lies above the claimed epsilon: unless chance deceived it, there is "
+            "a mistake in the mechanism or in its accounting."
         )
     return found
 

@@ -67,7 +67,9 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
-            "utility.downstream", "needs classes, and data.label_key is null", "set data.label_key, or downstream to null"
+            "utility.downstream",
+            "needs classes, and data.label_key is null",
+            "set data.label_key, or downstream to null",
         )
     if config.utility.features != "random-conv":
         verified_bytes(config.utility.weights, config.utility.weights_sha256)

@@ -15,11 +15,11 @@ from accelerate.utils import gather_object
 from defenses.errors import UserError
 from defenses.exact import centred, l2_of, squared_differences
 from defenses.neighbours import VIEWS, Neighbours, search, search_sharded
+from defenses.ranks import together
 from eval.cliques import largest_clique
 from eval.control import Rule, control
 from eval.extraction import Extraction, ExtractionConfig, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
-from defenses.ranks import together
 
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
 

@@ -19,7 +19,10 @@ from accelerate import Accelerator
 from defenses import registry
 from defenses.base import Defense
 from defenses.errors import UserError
+from defenses.ranks import on_main
 from eval import samples
+from eval.audit import COLUMNS as CANARIES
+from eval.audit import RunAudit, audit_run
 from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
 from eval.extraction import Extraction, Pictures, check_tier, untargeted
 from eval.prompted import prompted
@@ -28,7 +31,6 @@ from eval.report import render
 from train.data import Dataset
 from train.files import write_csv, write_json
 from train.manifest import summary
-from defenses.ranks import on_main
 from train.runlog import RunDirectory, hardware, timestamp, versions
 from train.stage import SIDECAR, peak_memory
 
@@ -107,12 +109,18 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
             extraction = attack(images, target.dataset, config, accelerator)
             extraction.report |= {"sampler": sampler}
         extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
+    audit = None
+    if target.facts:
+        with timed(output, "audit_seconds", accelerator):
+            audit = audit_run(target.pipeline.parent, config, target.dataset, accelerator)
     with timed(output, "utility_seconds", accelerator):
         classes = source.facts["classes"] if source else None
         utility = measure_utility(images, target.dataset, classes, config, accelerator)
-    report = on_main(accelerator, lambda: assemble(target, config, source, images, extraction, utility, accelerator))
+    report = on_main(
+        accelerator, lambda: assemble(target, config, source, images, extraction, audit, utility, accelerator)
+    )
     if accelerator.is_main_process:
-        write(target, config, report, extraction)
+        write(target, config, report, extraction, audit)
     accelerator.wait_for_everyone()
     return report
 
@@ -199,6 +207,7 @@ def assemble(
     source: samples.Source | None,
     images: samples.Generations,
     extraction: Extraction | None,
+    audit: RunAudit | None,
     utility: dict[str, Any] | None,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -236,7 +245,7 @@ def assemble(
             "membership": None,
             "inpainting": None,
             "canaries": None,
-            "audit": None,
+            "audit": audit.report if audit else None,
         },
         "utility": utility,
         "cost": {
@@ -249,7 +258,13 @@ def assemble(
     }
 
 
-def write(target: Target, config: SimpleNamespace, report: dict[str, Any], extraction: Extraction | None) -> None:
+def write(
+    target: Target,
+    config: SimpleNamespace,
+    report: dict[str, Any],
+    extraction: Extraction | None,
+    audit: RunAudit | None,
+) -> None:
     """Tables of the attack, then the page, and report.json last: its presence says that the run is complete."""
     output = target.output
     if extraction is not None:
@@ -257,6 +272,9 @@ def write(target: Target, config: SimpleNamespace, report: dict[str, Any], extra
         write_csv(output.attack / "matches.csv", MATCHES, extraction.matches)
         if extraction.cliques:
             write_csv(output.attack / "cliques.csv", CLIQUES, extraction.cliques)
+    if audit is not None:
+        output.attack.mkdir(exist_ok=True)
+        write_csv(output.attack / "audit.csv", CANARIES, audit.table)
     row_of = {record.record_id: row for row, record in enumerate(target.dataset.records)}
     render(
         output.path,

@@ -167,7 +167,14 @@ def fabricate_downstream() -> dict[str, Any]:
     """``utility.downstream`` of a classifier with three classes."""
     real = {"accuracy": 0.9016, "accuracy_ci95": [0.8012, 0.9541], "accuracy_ci95_method": "Wilson"}
     real |= {"macro_auc": 0.9712, "n_train": 123}
-    settings = {"steps": 500, "batch_size": 64, "learning_rate": 0.001, "seed": 0, "largest_side": 64, "weights": "last"}
+    settings = {
+        "steps": 500,
+        "batch_size": 64,
+        "learning_rate": 0.001,
+        "seed": 0,
+        "largest_side": 64,
+        "weights": "last",
+    }
     found = {"task": "classification", "classes": 3, "n": 59, "n_unlabelled": 2, "most_frequent": 0.4068}
     found |= {"accuracy": 0.7288, "accuracy_ci95": [0.6042, 0.8254], "accuracy_ci95_method": "Wilson"}
     return found | {"macro_auc": 0.8534, "n_train": 123, "train_on_real": real, "settings": settings}

@@ -98,7 +98,9 @@ def test_membership_bound_holds_for_the_gaussian_mechanism():
 
 
 def test_group_table():
-    rows = claims.in_words(fabricate_claim() | {"epsilon": 1.0, "group_epsilon": {"8": 9.5, "2": 2.0, "32": None}})["group"]
+    rows = claims.in_words(fabricate_claim() | {"epsilon": 1.0, "group_epsilon": {"8": 9.5, "2": 2.0, "32": None}})[
+        "group"
+    ]
     assert [row[:2] for row in rows] == [("1", "1"), ("2", "2"), ("8", "9.5"), ("32", "not computed")]
     assert [row[2] for row in rows] == ["2.72", "7.39", "13,400", "over 1,000,000: no protection"]
 
@@ -119,7 +121,9 @@ def test_audit_is_shown_and_can_contradict(tmp_path):
     assert "NOT PRIVATE as claimed" in page and "The audit contradicts the claim" in page
 
 
-@pytest.mark.parametrize(("unit", "noise", "test"), [("record", 4.0, False), ("group", 4.0, False), ("record", 0.0, True)])
+@pytest.mark.parametrize(
+    ("unit", "noise", "test"), [("record", 4.0, False), ("group", 4.0, False), ("record", 0.0, True)]
+)
 def test_the_claim_that_the_defense_makes(tmp_path, unit, noise, test):
     """Every sentence of the mechanism's own claim is on both pages, none of the forbidden words is."""
     mechanism = Mechanism(
@@ -127,7 +131,7 @@ def test_the_claim_that_the_defense_makes(tmp_path, unit, noise, test):
         divisor=20.0, settings="abc", test=test,
     )  # fmt: skip
     made = dpclaim.build(
-        [Segment(mechanism, 200)], delta=1e-5, units=1000, planned_steps=200, multiplicity=4,
+        [Segment(mechanism, 20)], delta=1e-5, units=1000, planned_steps=20, multiplicity=4,
         images_per_group=4 if unit == "group" else None, sampling=f"Poisson over {unit}s", largest_group=5, starts=2,
         nonprivate_metrics=False,
     )  # fmt: skip

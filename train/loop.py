@@ -116,7 +116,9 @@ class Trainer:
         noise = (random.uniform("example", *pixels.shape[1:]) * 255).to(torch.uint8)
         return self.change(noise, None if labels is None else labels.new_zeros(count), random, np.arange(count))
 
-    def change(self, pixels: torch.Tensor, labels: torch.Tensor | None, random: RecordRandom, rows: np.ndarray) -> Batch:
+    def change(
+        self, pixels: torch.Tensor, labels: torch.Tensor | None, random: RecordRandom, rows: np.ndarray
+    ) -> Batch:
         device = self.accelerator.device
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
         batch = Batch(images, rows, None if labels is None else labels.to(device), random)

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 
 from defenses.base import Defense, Pool
 from defenses.errors import UserError
-from train.data import Dataset
 from defenses.ranks import on_main
+from train.data import Dataset
 
 
 def select_records(
@@ -22,7 +22,7 @@ def select_records(
     """
     class_names(dataset, config.data.label_key)
     for defense in defenses:
-        for removal in on_main(accelerator, lambda defense=defense: defense.select(pool_of(dataset))):
+        for removal in on_main(accelerator, lambda defense=defense: defense.select(pool_of(dataset, config.run.seed))):
             record = dataset.records[removal.row]
             record.kept, record.reason, record.distance = False, f"{defense.name}: {removal.reason}", removal.distance
             if removal.duplicate_of is not None:
@@ -31,7 +31,7 @@ def select_records(
         raise UserError("defenses", "no training record is left", "loosen the defenses that remove records")
 
 
-def pool_of(dataset: Dataset) -> Pool:
+def pool_of(dataset: Dataset, seed: int) -> Pool:
     """The kept training records as the defenses see them."""
     records = dataset.records
     return Pool(
@@ -39,6 +39,8 @@ def pool_of(dataset: Dataset) -> Pool:
         rows=dataset.rows("train", kept=True),
         pixel_hash=[record.pixel_hash for record in records],
         group=[record.group for record in records],
+        record_id=[record.record_id for record in records],
+        seed=seed,
     )
 
 

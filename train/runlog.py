@@ -34,8 +34,11 @@ class RunConfig:
 
 
 # Keys that may differ when a run is resumed: they change no number. (Where the data lie is checked by their content.)
-# Those of DP-SGD may change while training is not finished: the ledger books every step with the settings it was made with.
-WHILE_TRAINING = "defenses.dpsgd."
+# These may change while training is not finished: the ledger books every step with the settings it was made with.
+WHILE_TRAINING = tuple(
+    f"defenses.dpsgd.{name}"
+    for name in "epsilon noise_multiplier delta clip_norm sample_rate batch_size multiplicity backend physical_batch test_seed".split()
+)
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
     "torch",
@@ -107,8 +110,8 @@ class RunDirectory:
         stored, changed = self.path / "config.yaml", {}
         if stored.exists():
             changed = _changes(OmegaConf.load(stored), config)
-            free = () if self.model.exists() else (WHILE_TRAINING,)
-            _refuse_changes({key: pair for key, pair in changed.items() if not key.startswith(free)}, self.path)
+            free = () if self.model.exists() else WHILE_TRAINING
+            _refuse_changes({key: pair for key, pair in changed.items() if key not in free}, self.path)
         if self.main and (not stored.exists() or changed):
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name

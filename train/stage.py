@@ -16,6 +16,7 @@ from torch import nn
 from defenses import registry
 from defenses.base import BatchPlan, CheckpointView, Defense, GradientRule, RunContext
 from defenses.errors import UserError
+from defenses.ranks import on_main, together
 from defenses.seeding import derive
 from train import checkpoint
 from train.data import Dataset
@@ -26,7 +27,6 @@ from train.models import build, check_schedule, memory_format, parameter_count, 
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import MeanGradient, build_optimizer, build_schedule
 from train.plan import EpochPlan
-from defenses.ranks import on_main, together
 from train.records import class_frequency, class_names, labels_of, pool_of
 from train.runlog import RunDirectory
 from train.sampling import save_grid
@@ -98,7 +98,7 @@ def build_trainer(
     schedule = noise_schedule(settings.diffusion)
     check_schedule(config.model, schedule)
     context = RunContext(
-        pool=pool_of(dataset),
+        pool=pool_of(dataset, config.run.seed),
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -127,7 +127,7 @@ def build_trainer(
             save_grid(directory.samples / f"step-{step}.png", images)
 
     def view(step: int) -> CheckpointView:
-        return CheckpointView(step, draw_samples, pool_of(dataset), dataset.rows("calibration"))
+        return CheckpointView(step, draw_samples, pool_of(dataset, config.run.seed), dataset.rows("calibration"))
 
     trainer = Trainer(
         config=settings,
@@ -151,9 +151,7 @@ def build_trainer(
     return trainer
 
 
-def plan_and_rule(
-    config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]
-) -> tuple[BatchPlan, GradientRule]:
+def plan_and_rule(config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]) -> tuple[BatchPlan, GradientRule]:
     """How batches are drawn and how their losses become a gradient: the defenses' way, or the ordinary one.
 
     Raises:
