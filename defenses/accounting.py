@@ -30,8 +30,7 @@ DIGITS = 4  # significant digits of every reported epsilon and noise multiplier
 SMALLEST_NOISE, LARGEST_NOISE = 0.05, 1e4  # range that is searched
 PRV, PLD, RDP = "PRV (opacus)", "PLD (dp-accounting)", "RDP (quadrature)"
 MIXTURE = "PLD mixture of Gaussians (dp-accounting)"
-_TOTAL_POINTS = 2**21  # grid of a whole history: a second or two
-_GAUSSIAN_POINTS, _MIXTURE_POINTS = 2**15, 2**13  # PLD grid of one step; a mixture is inverted by bisection, slowly
+_TOTAL_POINTS, _GAUSSIAN_POINTS, _MIXTURE_POINTS = 2**21, 2**15, 2**13  # largest grids: a history; one step for PLD
 _LARGEST_MIXTURE, _LARGEST_LOSS = 256, 600.0  # beyond them PLD takes minutes, or exp(loss) nears overflow
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -666,7 +667,6 @@ def import_libraries() -> None:
     """Once, before forking: they take longer than most tests. None of ours, which differ from bug to bug."""
     import accelerate.utils  # noqa: F401
     import diffusers  # noqa: F401
-    import hypothesis  # noqa: F401
     import opacus.grad_sample  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
@@ -708,6 +708,8 @@ def inside(tests: Sequence[str], tree: Path, log: Path) -> None:
         import pytest
 
         code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *tests]))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,6 @@
-"""The small run under DP-SGD: a narrower network, and every result of the accountants computed once per session."""
+"""The small run under DP-SGD: a narrower network; pictures are drawn, and accountants asked the same, once per session."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from defenses import dpclaim, dpsgd
 from defenses.base import Pool, RunContext
 from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.errors import UserError
+from tests import small
 from tests.small import opened
 from train import models
+from train.data import Dataset, prepare
 from train.runlog import RunDirectory
 from train.stage import train_model
 
@@ -24,12 +27,22 @@ _KNOWN: dict[Any, Any] = {}
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Within it the network has 8 channels on two levels, and equal questions to the accountants are asked once."""
+    """Within it the network has 8 channels on two levels; data sets and results of the accountants are remembered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.SIZES, "tiny", ((8, 8), 1, ()))
         for module, name in ((dpclaim, "bill"), (dpclaim, "group_epsilon"), (dpsgd, "noise_for")):
             patch.setattr(module, name, _once(getattr(module, name)))
+        patch.setattr(small, "prepare", _prepared)
         yield
+
+
+def _prepared(config: Any, folder: Path, accelerator: Accelerator) -> Dataset:
+    """`prepare`, with pictures in memory and records that the caller may change."""
+    key = (prepare, repr(config))
+    if key not in _KNOWN:
+        found = prepare(config, folder, accelerator)
+        _KNOWN[key] = Dataset(found.records, np.array(found.images))
+    return Dataset(copy.deepcopy(_KNOWN[key].records), _KNOWN[key].images)
 
 
 def _once(function: Callable) -> Callable:

@@ -127,6 +127,7 @@ class TestRoundUp:
 
 
 class TestGoldenTable:
+    @pytest.mark.slow
     @ROWS
     def test_reading_of_the_table(self, row):
         """The libraries themselves, at their own settings, reach the target within the tolerance of each column."""
@@ -191,7 +192,7 @@ def test_golden_epsilons(noise, q, steps, pld, prv):
     assert epsilon_prv(history, DELTA) == pytest.approx(prv - 0.01, abs=0.002)  # the table has an allowance of 0.01
 
 
-@pytest.mark.parametrize("noise, copies", [(4.0, 2), (2.0, 16)])
+@pytest.mark.parametrize("noise, copies", [(4.0, 2)])
 def test_patient_table(noise, copies):
     check_patient(noise, copies)
 
@@ -222,7 +223,7 @@ class TestClosedForms:
         if copies == 1:
             assert exact - 1e-6 <= epsilon_prv(history, DELTA) <= 1.003 * exact
 
-    @pytest.mark.parametrize("copies, q, noise", [(1, 0.1, 0.8), (3, 0.1, 0.8), (5, 0.6, 3.0)])
+    @pytest.mark.parametrize("copies, q, noise", [(1, 0.1, 0.8), (3, 0.1, 2.0), (5, 0.6, 6.0)])
     def test_one_step(self, copies, q, noise):
         spend = Spend(noise, q, 1)
         epsilon = epsilon_pld([spend], DELTA, copies)
@@ -346,7 +347,13 @@ class TestHistories:
             assert fine < coarse < 1.05 * fine
 
     @pytest.mark.parametrize(
-        "noise, q, steps, copies", [(0.05, 0.5, 20, 1), (0.4, 0.14, 20, 32), (0.3, 1e-3, 10, 2), (1.0, 0.05, 9, 1)]
+        "noise, q, steps, copies",
+        [
+            pytest.param(0.05, 0.5, 20, 1, marks=pytest.mark.slow),
+            (0.4, 0.14, 20, 32),
+            pytest.param(0.3, 1e-3, 10, 2, marks=pytest.mark.slow),
+            (1.0, 0.05, 9, 1),
+        ],
     )
     def test_edges_never_give_less_than_an_attack_finds(self, noise, q, steps, copies):
         spend = Spend(noise, q, steps)
@@ -416,6 +423,7 @@ class TestNoise:
         assert bill([*spent, Spend(noise, q, steps)], DELTA, copies).epsilon <= epsilon
         assert bill([*spent, Spend(0.995 * noise, q, steps)], DELTA, copies).epsilon > epsilon
 
+    @pytest.mark.slow
     def test_gaussian_closed_form(self):
         noise = noise_for(2.0, DELTA, 1.0, 20)
         assert noise == pytest.approx(
@@ -427,9 +435,10 @@ class TestNoise:
         with pytest.raises(UserError, match="defenses.dpsgd.epsilon.*positive"):
             noise_for(epsilon, DELTA, 0.1, 10)
 
-    def test_out_of_reach(self):
-        with pytest.raises(UserError, match="defenses.dpsgd.epsilon: 5e-05 is out of reach.*fewer train.steps"):
-            noise_for(5e-5, DELTA, 0.05, 2)
+    def test_out_of_reach(self, monkeypatch):
+        monkeypatch.setattr(accounting, "LARGEST_NOISE", 8.0)
+        with pytest.raises(UserError, match="defenses.dpsgd.epsilon: 0.5 is out of reach.*fewer train.steps"):
+            noise_for(0.5, DELTA, 0.5, 20)
 
     def test_already_spent(self):
         with pytest.raises(UserError, match=r"defenses.dpsgd.epsilon: 1 is less than the [23]\.\d+ already spent"):
