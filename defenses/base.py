@@ -76,7 +76,7 @@ class BatchPlan(Protocol):
 
     Attributes:
         seed: of the random numbers of every record: augmentation, timesteps, noise of the forward process.
-        images_per_step: distinct records in a batch, on average.
+        images_per_step: distinct records in a batch, or what may be told of it where that is private.
     """
 
     seed: int
@@ -166,6 +166,10 @@ class GradientRule(Protocol):
         """
         ...
 
+    def memory(self, trained: int) -> int:
+        """Bytes that the rule needs beside weights, optimizer and activations, for ``trained`` trained numbers."""
+        ...
+
     def backward(
         self, model: nn.Module, loss: LossFunction, microbatches: Microbatches, step: int, accelerator: Any
     ) -> torch.Tensor:
@@ -238,7 +242,7 @@ class Defense(ABC):
         return None
 
     def change_batch(self, batch: Batch) -> Batch:
-        """Seam 2: the images and conditions that the model is trained on."""
+        """Seam 2: the images and conditions that the model is trained on; must keep examples independent of each other."""
         return batch
 
     def change_loss(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:

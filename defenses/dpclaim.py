@@ -1,10 +1,11 @@
 """What a private run promises, in the fields of report.json (after NIST SP 800-226, 2025, section on claims)."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from defenses.accounting import bill, group_epsilon
+from defenses.accounting import Bill, bill, group_epsilon
 from defenses.ledger import Mechanism, Segment, history
 
 GROUP_SIZES = (2, 8, 32)
@@ -13,7 +14,11 @@ TRUST = (
     "central: whoever runs the training sees all records and is trusted; the weights of every step may be published, "
     "and nothing else of the run directory"
 )
-QUERIES = "noisy sums of clipped gradients, one per step; nothing else of the records was released"
+QUERIES = "noisy sums of clipped gradients, one per step; "
+CLOSED, OPEN = (
+    "nothing else of the records was released",
+    "losses and held-out metrics of records were logged beside them",
+)
 NOT_COVERED = (
     "choosing settings by looking at results: every further run on the same records spends a budget of its own",
     "copies of the pictures of one {unit} among the other {unit}s: see the figures for several at once",
@@ -22,7 +27,7 @@ NOT_COVERED = (
     "the data on which the starting weights were trained",
     "this report and its model card with their attack and quality figures, and the folder of the run: they are computed from the "
     "records and are for their holder",
-    "the names of the classes, the number of {unit}s, and when, for how long and with how much memory training ran",
+    "the names and the number of the classes, the number of {unit}s, and when, for how long and with how much memory training ran",
     "attacks on floating-point arithmetic, and on the generator of the random numbers, which is not a cryptographic one",
 )
 
@@ -31,11 +36,11 @@ def build(
     segments: Sequence[Segment],
     *,
     delta: float,
-    units: int,
+    units: int | None,
+    drawn: str,
     planned_steps: int,
     multiplicity: int,
     images_per_group: int | None,
-    sampling: str,
     largest_group: int,
     starts: int,
     nonprivate_metrics: bool,
@@ -43,35 +48,36 @@ def build(
     """The claim over all segments; JSON values only.
 
     Args:
-        units: public number of units.
-        sampling: what is drawn, in words.
+        units: public number of units; None where it is withheld.
+        drawn: "record" or "group", what is sampled and clipped by itself.
         largest_group: records of the largest group (0 without groups); stated rounded up to a power of two.
         starts: how often training was started.
     """
     last = segments[-1].mechanism if segments else None
     spent, steps = history(list(segments)), sum(segment.steps for segment in segments)
     reasons = not_private(segments)
-    copies = max((segment.mechanism.copies for segment in segments), default=1)
-    costs = None if reasons or not steps else bill(spent, delta, copies)
+    copies, found = _copies(segments), costs(segments, delta)
     unit = last.unit if last else "record"
     records = _power_of_two(largest_group) if unit == "record" and largest_group > 1 else None
     several = None
-    if costs is not None:
+    if found is not None:
         sizes = sorted({*GROUP_SIZES, *([records] if records else [])})
-        found = group_epsilon(spent, delta, [size * copies for size in sizes])
-        several = {str(size): found[size * copies] for size in sizes}
+        bounds = group_epsilon(spent, delta, [size * copies for size in sizes])
+        several = {str(size): bounds[size * copies] for size in sizes}
     return {
         "kind": "dp",
-        "statement": _statement(costs.epsilon if costs else None, delta, unit, reasons, steps),
-        "epsilon": 0.0 if not steps and not reasons else (costs.epsilon if costs else None),
+        "statement": _statement(found.epsilon if found else None, delta, unit, reasons, steps),
+        "epsilon": 0.0 if not steps and not reasons else (found.epsilon if found else None),
         "delta": delta,
         "unit": unit,
         "units": units,
+        "units_public": units is not None,
         "adjacency": last.adjacency if last else None,
-        "accountant": costs.accountant if costs else None,
-        "epsilon_crosscheck": costs.crosscheck if costs else None,
-        "crosscheck_accountant": costs.crosscheck_accountant if costs else None,
-        "sampling": sampling,
+        "accountant": found.accountant if found else None,
+        "epsilon_crosscheck": found.crosscheck if found else None,
+        "crosscheck_accountant": found.crosscheck_accountant if found else None,
+        "sampling": f"Poisson over {drawn}s",
+        "drawn": drawn,
         "sample_rate": last.sample_rate if last else None,
         "noise_multiplier": last.noise_multiplier if last else None,
         "clip_norm": last.clip_norm if last else None,
@@ -82,15 +88,31 @@ def build(
         "steps": steps,
         "planned_steps": planned_steps,
         "segments": len(segments),
+        "history": [asdict(segment.mechanism) | {"steps": segment.steps} for segment in segments],
         "resumes": max(0, starts - 1),
         "group_epsilon": several,
-        "queries": QUERIES,
+        "queries": QUERIES + (OPEN if nonprivate_metrics else CLOSED),
         "trust_model": TRUST,
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "not_private": reasons,
         "nonprivate_metrics": nonprivate_metrics,
         "not_covered": [text.format(unit=unit) for text in NOT_COVERED],
     }
+
+
+def costs(segments: Sequence[Segment], delta: float) -> Bill | None:
+    """Epsilon of all segments; None where nothing was done, or nothing is private.
+
+    Raises:
+        UserError: the accountants contradict each other.
+    """
+    if not_private(segments) or not any(segment.steps for segment in segments):
+        return None
+    return bill(history(list(segments)), delta, _copies(segments))
+
+
+def _copies(segments: Sequence[Segment]) -> int:
+    return max((segment.mechanism.copies for segment in segments), default=1)
 
 
 def not_private(segments: Sequence[Segment]) -> list[str]:
@@ -113,8 +135,8 @@ def _statement(epsilon: float | None, delta: float, unit: str, reasons: list[str
         return "No step was taken: the weights do not depend on the records."
     return (
         f"Whether any one {'picture' if unit == 'record' else 'group (all pictures of one person)'} was in the training data "
-        f"changes the probability of every outcome of training by a factor of at most e^{epsilon:g}, except with probability "
-        f"{delta:g}."
+        f"makes no outcome of training more than e^{epsilon:g} times as likely, plus {delta:g}: an upper bound of what can be learnt "
+        "of it from the released weights."
     )
 
 

@@ -59,8 +59,9 @@ class DPSGDConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"defenses.dpsgd.{key}", f"{value} is not positive", "take a positive number")
-        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < float("inf"):
-            raise UserError("defenses.dpsgd.noise_multiplier", f"{self.noise_multiplier} is negative", "1 is usual")
+        noise = self.noise_multiplier
+        if noise is not None and (noise != 0 and not 0.01 <= noise < float("inf")):
+            raise UserError("defenses.dpsgd.noise_multiplier", f"{noise} is below 0.01", "1 is usual; 0: none at all")
         if self.canaries < 0:
             raise UserError("defenses.dpsgd.canaries", f"{self.canaries} is negative", "0: no audit")
         if not 0 < self.delta < 1:
@@ -105,7 +106,12 @@ class DPSGD(Defense):
         # canaries that are left out count: else sampling probability and noise would depend on their coins
         left_out = on_main(context.accelerator, lambda: canaries.settle(context.folder, self._canaries))
         self._count += len(left_out)
-        self._absent = sum(min(size, config.group_cap) for size in left_out)
+        if config.units is not None and self._count > config.units:
+            raise UserError(
+                "defenses.dpsgd.units",
+                f"{config.units} is less than the {self._count} found",
+                "declare the larger number",
+            )
         self.units = config.units or self._count
         if config.delta >= 1 / self.units:
             raise UserError(
@@ -120,6 +126,9 @@ class DPSGD(Defense):
         self.mechanism: Mechanism = on_main(context.accelerator, self._calibrated)
         last = self._before[-1] if self._before else None
         self._segment = 0 if last is None else len(self._before) - (last.mechanism == self.mechanism)
+        on_main(
+            context.accelerator, lambda: dpclaim.costs(self._plan_of_steps(), config.delta)
+        )  # refused now, not later
         self._secret = shared_secret(context.accelerator, config.test_seed)
         self._process = secrets.token_hex(8)  # a name for this start of the run; says nothing about the secret
 
@@ -151,14 +160,23 @@ class DPSGD(Defense):
     def _sampling(self, context: RunContext) -> tuple[float, float, str]:
         """Sampling probability, divisor, adjacency."""
         config = self.config
-        by_record = config.unit == "group" and config.group_sampling == "records"
-        drawn = len(self._units) + self._absent if by_record else self.units
+        free = config.sample_rate is not None and config.batch_size is not None  # nothing follows from the data's size
+        if not free and self._drawn() != config.unit:
+            raise UserError(
+                "defenses.dpsgd.group_sampling",
+                "records needs a sampling probability that does not follow from the number of records, which is private",
+                "give both sample_rate and batch_size, or take group_sampling: groups",
+            )
+        if free and config.units is None and config.canaries:
+            raise UserError(
+                "defenses.dpsgd.units", "is needed with canaries, sample_rate and batch_size", "declare a public number"
+            )
+        drawn = self.units
         expected = config.batch_size or (None if config.sample_rate is not None else context.batch_size)
         rate = config.sample_rate if config.sample_rate is not None else expected / drawn
         if rate > 1:
             key = "defenses.dpsgd.batch_size" if config.batch_size else "train.batch_size"
             raise UserError(key, f"{expected} is more than the {drawn} that can be drawn", f"at most {drawn}")
-        free = config.sample_rate is not None and config.batch_size is not None  # nothing follows from the data's size
         return rate, float(expected or rate * drawn), "add-remove" if free else "zero-out"
 
     def _calibrated(self) -> Mechanism:
@@ -166,11 +184,10 @@ class DPSGD(Defense):
         config = self.config
         steps = self._context.steps
         told = {k: v for k, v in asdict(config).items() if k not in ("backend", "physical_batch", "test_seed")}
-        digest = hashlib.sha256(json.dumps([told, steps, self.units, len(self._units)]).encode()).hexdigest()[:12]
-        by_record = config.unit == "group" and config.group_sampling == "records"
+        digest = hashlib.sha256(json.dumps([told, steps]).encode()).hexdigest()[:12]
         mechanism = Mechanism(
             unit=config.unit,
-            copies=config.group_cap if by_record else 1,
+            copies=1 if self._drawn() == config.unit else config.group_cap,
             adjacency=self.adjacency,
             sample_rate=self.sample_rate,
             noise_multiplier=0.0,
@@ -216,7 +233,13 @@ class DPSGD(Defense):
         config = self.config
         cap = config.group_cap if config.unit == "group" else 1
         self._plan = PoissonPlan(
-            self._units, self.sample_rate, cap, config.multiplicity, config.physical_batch, self._secret
+            self._units,
+            self.sample_rate,
+            cap,
+            config.multiplicity,
+            config.physical_batch,
+            self._secret,
+            self.divisor,
         )
         return self._plan
 
@@ -236,6 +259,7 @@ class DPSGD(Defense):
             book=self._book,
             returns_losses=self._context.nonprivate_metrics,
             tolerance=TOLERANCE[precision],
+            units_at_once=config.physical_batch,
             exact=None if precision == "fp32" else (backend(config.backend, "fp32"), reference(config.backend, "fp32")),
         )
 
@@ -251,18 +275,25 @@ class DPSGD(Defense):
 
     def outlook(self) -> list[str]:
         """What the whole run will spend, and with how much noise."""
-        left = max(0, self._context.steps - self.spent)
-        claim = self._claim([*self._before, Segment(self.mechanism, left)])
+        segments = self._plan_of_steps()
+        claim, left = self._claim(segments), segments[-1].steps
         lines = [f"epsilon {claim['epsilon']:g}" if claim["epsilon"] is not None else "epsilon none: NOT PRIVATE"]
         lines += [
             f"{key} {claim[key]}" for key in ("delta", "unit", "units", "adjacency", "noise_multiplier", "sample_rate")
         ]
         noise = self.mechanism.noise_multiplier * self.mechanism.clip_norm / self.divisor
-        lines += [f"steps {left} left of {self._context.steps}, expected batch {self._expected():.1f} {self._drawn()}s"]
+        lines += [
+            f"steps {left} left of {self._context.steps}, expected batch {self.sample_rate * len(self._units):.1f} {self._drawn()}s, divisor {self.divisor:g}"
+        ]
         return [
             *lines,
             f"noise per weight and step {noise:.3g}, against a gradient of norm at most {self.mechanism.clip_norm:g}",
         ]
+
+    def _plan_of_steps(self) -> list[Segment]:
+        """What the ledger will hold if all goes as planned."""
+        left = max(0, self._context.steps - self.spent)
+        return [*self._before, Segment(self.mechanism, left)]
 
     def claim(self) -> dict[str, Any]:
         """Of the steps in the ledger, including those that a kill undid."""
@@ -273,18 +304,16 @@ class DPSGD(Defense):
         return dpclaim.build(
             segments,
             delta=config.delta,
-            units=self.units,
+            units=None if self.adjacency == "add-remove" and config.units is None else self.units,
+            drawn=self._drawn(),
             planned_steps=self._context.steps,
             multiplicity=config.multiplicity,
             images_per_group=config.group_cap if config.unit == "group" else None,
-            sampling=f"Poisson over {self._drawn()}s",
             largest_group=self._largest_group,
             starts=self._ledger.processes(),
             nonprivate_metrics=self._context.nonprivate_metrics,
         )
 
     def _drawn(self) -> str:
+        """What is sampled and clipped by itself."""
         return "record" if self.config.group_sampling == "records" else self.config.unit
-
-    def _expected(self) -> float:
-        return self.sample_rate * len(self._units)

@@ -119,7 +119,7 @@ def _tried(backend: Backend, model: nn.Module, loss: LossFunction, units: Units,
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.flatten(1).norm(dim=1)  # [U]
+    return gradient.reshape(len(gradient), -1).norm(dim=1)  # [U]
 
 
 def _worst(found: list[torch.Tensor], right: list[torch.Tensor], norms: torch.Tensor) -> tuple[float, int]:

@@ -5,6 +5,7 @@ never a seed, a mask, a realised batch size or a loss.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +59,18 @@ class Ledger:
     def append(self, mechanism: Mechanism, segment: int, step: int, process: str) -> None:
         """Books one step; on disk when this returns."""
         line = {"segment": segment, "step": step, **asdict(mechanism), "process": process}
-        with self.file.open("ab") as file:
-            if file.tell() and not self._ends_whole():
-                file.write(b"\n")  # a kill cut the last line short: it stays, and counts
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        new = not self.file.exists()
+        try:
+            with self.file.open("ab") as file:
+                if file.tell() and not self._ends_whole():
+                    file.write(b"\n")  # a kill cut the last line short: it stays, and counts
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                _sync(self.file.parent)
+        except OSError as error:
+            raise UserError(str(self.file), f"cannot be written: {error.strerror}", "the step was not made") from error
 
     def _ends_whole(self) -> bool:
         with self.file.open("rb") as file:
@@ -78,19 +85,24 @@ class Ledger:
         """
         if not self.file.exists():
             return []
-        found: list[dict[str, Any] | None] = [_parse(line) for line in self.file.read_bytes().splitlines()]
-        torn = [place for place, line in enumerate(found) if line is None]
-        known = [line for line in found if line is not None]
-        if torn and not known:  # the very first line: booked, but its step was never made
-            return []
-        starts = sum(
-            1 for before, after in zip(known, known[1:], strict=False) if before["process"] != after["process"]
+        raw = self.file.read_bytes().split(b"\n")
+        raw = raw[:-1] if raw[-1] == b"" else raw
+        found = [_parse(line) for line in raw]
+        if len(found) > 1 and not any(found):
+            raise self._damaged(0)
+        for place in [place for place, line in enumerate(found) if line is None]:
+            before, after = _around(found, place)
+            between = before and after and before["process"] == after["process"]
+            if between or raw[place].endswith(b"}"):  # a kill cuts the end off the last line of a process
+                raise self._damaged(place)
+        start = next((place for place, line in enumerate(found) if line is not None), len(found))
+        # lines torn before any whole one: cut short before they were on disk, so before their step was made
+        return [line or _dearer(_around(found, place)) for place, line in enumerate(found) if place >= start]
+
+    def _damaged(self, place: int) -> UserError:
+        return UserError(
+            str(self.file), f"line {place + 1} cannot be read", "restore the file: the budget is counted by it"
         )
-        if len(torn) > starts + 2:  # a process can be killed once
-            raise UserError(
-                str(self.file), f"{len(torn)} lines cannot be read", "restore it: the budget is counted by it"
-            )
-        return [line or _neighbour(found, place) for place, line in enumerate(found)]
 
     def segments(self) -> list[Segment]:
         """The booked steps by their constants, in the order in which these came into force."""
@@ -114,18 +126,34 @@ def history(segments: list[Segment]) -> list[Spend]:
     return [Spend(s.mechanism.noise_multiplier, s.mechanism.sample_rate, s.steps) for s in segments]
 
 
+def _sync(folder: Path) -> None:
+    """Makes a new file's name as durable as its contents."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """The line's values, None where it is not a whole line with values that can be."""
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        numbers = [1.0 * value[name] for name in ("noise_multiplier", "sample_rate", "copies", "clip_norm", "divisor")]
+        whole = {"segment", "step", "process", *Mechanism.__dataclass_fields__} <= value.keys()
+    except (ValueError, TypeError, KeyError, AttributeError):  # JSON and Unicode errors are ValueErrors
         return None
-    whole = isinstance(value, dict) and {"segment", "step", "process", *Mechanism.__dataclass_fields__} <= value.keys()
-    return value if whole else None
+    possible = all(math.isfinite(number) for number in numbers) and min(numbers) >= 0 and numbers[1] <= 1
+    return value if whole and possible else None
 
 
-def _neighbour(lines: list[dict[str, Any] | None], place: int) -> dict[str, Any]:
-    """The nearest readable line before a torn one, or after it. Of two, the one with less noise per draw."""
+def _around(lines: list[dict[str, Any] | None], place: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The nearest readable lines before and after a place."""
     before = next((line for line in reversed(lines[:place]) if line is not None), None)
-    after = next((line for line in lines[place + 1 :] if line is not None), None)
-    both = [line for line in (before, after) if line is not None]
+    return before, next((line for line in lines[place + 1 :] if line is not None), None)
+
+
+def _dearer(lines: tuple[dict[str, Any] | None, dict[str, Any] | None]) -> dict[str, Any]:
+    """Of two lines the one with less noise per draw."""
+    both = [line for line in lines if line is not None]
     return max(both, key=lambda line: (line["copies"], line["sample_rate"] / max(line["noise_multiplier"], 1e-12)))

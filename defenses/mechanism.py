@@ -12,12 +12,16 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import nn
 
 from defenses.base import Batch, LossFunction, Microbatches
+from defenses.errors import UserError
 from defenses.gradcheck import check
 from defenses.persample import Backend, group_views
-from defenses.seeding import derive
+from defenses.seeding import derive, derive_wide
 
 EXACT = 1e-4  # largest error of a backend in float32, relative to the unit's whole gradient; 1e-6 is usual
-CHECK_AFTER = 4  # steps until the weights are compared with the first ones: a warm-up leaves them where they were once
+CHECK_AFTER, CHECK_EVERY = (
+    4,
+    200,
+)  # steps until the weights are compared with the first ones: a warm-up leaves them where they were once
 
 
 def add_clipped(gradients: list[torch.Tensor], clip_norm: float, totals: list[torch.Tensor]) -> None:
@@ -30,7 +34,7 @@ def add_clipped(gradients: list[torch.Tensor], clip_norm: float, totals: list[to
         gradients: per trainable tensor, float32 [u, *shape].
         totals: per trainable tensor, float32 [*shape]; changed in place.
     """
-    squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)  # [u]
+    squares = torch.stack([gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]).sum(0)  # [u]
     finite = squares.isfinite()
     if not bool(finite.all()):
         gradients = [torch.where(_column(finite, gradient), gradient, 0.0) for gradient in gradients]
@@ -50,6 +54,7 @@ class NoisyClippedSum:
     Args:
         backend, reference: per-unit gradients, and the one-by-one gradients that they are checked against, within ``tolerance``
             of a unit's whole gradient.
+        units_at_once: of a micro-batch, for `memory`.
         exact: the same pair in float32 where ``backend`` has less precision: rounding would hide a tensor that is missing.
         clip_norm, noise_multiplier, divisor: the mechanism's constants.
         unit_of_row: unit of each row of the data set, int64.
@@ -73,10 +78,12 @@ class NoisyClippedSum:
         returns_losses: bool,
         tolerance: float,
         exact: tuple[Backend, Backend] | None = None,
+        units_at_once: int = 1,
     ):
         self.backend, self.reference, self.tolerance, self.exact = backend, reference, tolerance, exact
         self.clip_norm, self.noise_multiplier, self.divisor = clip_norm, noise_multiplier, divisor
         self.unit_of_row, self.secret, self.book, self.returns_losses = unit_of_row, secret, book, returns_losses
+        self.units_at_once = units_at_once
         self._first: tuple[int, dict[str, float]] | None = None  # step of the first call, weights before it
 
     def check(self, model: nn.Module, loss: LossFunction, example: Batch) -> None:
@@ -85,6 +92,10 @@ class NoisyClippedSum:
         if self.exact is not None:
             check(*self.exact, model, loss, units, EXACT)
         check(self.backend, self.reference, model, loss, units, self.tolerance)
+
+    def memory(self, trained: int) -> int:
+        """Gradients of the units that are held at once, twice while they are squared, and the noisy sum."""
+        return 4 * trained * (2 * self.units_at_once + 2)
 
     def backward(
         self, model: nn.Module, loss: LossFunction, microbatches: Microbatches, step: int, accelerator
@@ -120,33 +131,50 @@ class NoisyClippedSum:
 
     def noise(self, like: torch.Tensor, step: int) -> torch.Tensor:
         """Gaussian noise of standard deviation noise_multiplier x clip_norm, float32, one draw for all parameters."""
-        generator = torch.Generator(like.device).manual_seed(derive(self.secret, "noise", step))
-        drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+        seed = derive_wide(self.secret, "noise", step)
+        if like.device.type == "cuda":
+            generator = torch.Generator(like.device).manual_seed(seed >> 63)  # Philox uses all 64 bits of a seed
+            drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+        else:  # torch's generator on CPUs keeps 32 bits of a seed, which can be searched in hours
+            random = np.random.Generator(np.random.Philox(seed))
+            drawn = (
+                torch.from_numpy(random.standard_normal(like.numel(), dtype=np.float32))
+                .view(like.shape)
+                .to(like.device)
+            )
         return drawn * (self.noise_multiplier * self.clip_norm)
 
     def watch(self, model: nn.Module, step: int, accelerator) -> None:
-        """After some steps: every trained tensor has moved, no other has, and all ranks hold the same weights.
+        """Every now and then: trained weights have moved, no others have, and all ranks hold the same.
 
         Raises:
-            RuntimeError: otherwise. The optimizer then trains other tensors than those that were clipped and noised.
+            UserError: nothing moves.
+            RuntimeError: a frozen tensor or a buffer moved, or ranks differ.
         """
         if self._first is None:
             self._first = step, _fingerprints(model)
-        if step - self._first[0] != CHECK_AFTER:
+        if (step - self._first[0]) % CHECK_EVERY != CHECK_AFTER:
             return
         before, now = self._first[1], _fingerprints(model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        wrong = sorted(name for name in now if (now[name] != before[name]) != (name in trained))
-        if wrong:
-            state = "has not moved" if wrong[0] in trained else "moved though it is frozen"
-            raise RuntimeError(f"after {CHECK_AFTER} private steps {wrong[0]} {state} ({len(wrong)} tensors in all)")
+        moved = sorted(name for name in now if now[name] != before[name])
+        frozen = [name for name in moved if name not in trained]
+        if frozen:
+            raise RuntimeError(f"{frozen[0]} changed though it is not trained: it may hold what no noise was added to")
+        if not moved:  # one tensor alone may stand still at a small rate
+            raise UserError(
+                "train.learning_rate",
+                f"no weight has moved after {CHECK_AFTER} private steps, which are spent",
+                "raise it, or shorten train.optimizer.warmup_steps",
+            )
         if any(other != now for other in gather_object([now])):
             raise RuntimeError("the ranks hold different weights")
 
 
 def _fingerprints(model: nn.Module) -> dict[str, float]:
     """A number per tensor that changes when the tensor does (weights and buffers)."""
-    return {name: float(tensor.detach().double().square().sum()) for name, tensor in model.state_dict().items()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]  # a tied one once
+    return {name: float(tensor.detach().double().square().sum()) for name, tensor in tensors}
 
 
 def shared_secret(accelerator, test_seed: int | None) -> int:

@@ -6,7 +6,7 @@ their privacy can be several times worse (Chua et al. 2024).
 
 import numpy as np
 
-from defenses.seeding import derive
+from defenses.seeding import derive_wide
 
 
 class PoissonPlan:
@@ -18,15 +18,25 @@ class PoissonPlan:
         cap: of the rows of a unit at most so many are used in a step, drawn anew each time.
         views: how often each row is repeated in the batch (independently changed and noised).
         physical: units per micro-batch.
+        expected: units in a step on average, as it may be told: a constant of the settings, not of the data.
         secret: entropy shared by the ranks. Whoever knows it knows who was in every batch.
     """
 
-    def __init__(self, units: list[np.ndarray], sample_rate: float, cap: int, views: int, physical: int, secret: int):
+    def __init__(
+        self,
+        units: list[np.ndarray],
+        sample_rate: float,
+        cap: int,
+        views: int,
+        physical: int,
+        secret: int,
+        expected: float,
+    ):
         self._units, self._cap, self._views, self._physical = units, cap, views, physical
         self.sample_rate = sample_rate  # what the accountant is told
         self.seed = derive_wide(secret, "records")
         self._secret = derive_wide(secret, "sampling")
-        self.images_per_step = sample_rate * sum(min(len(unit), cap) for unit in units)
+        self.images_per_step = expected
         self.unit_of_row = np.full(max(int(unit.max()) for unit in units) + 1, -1, dtype=np.int64)
         for index, unit in enumerate(units):
             self.unit_of_row[unit] = index
@@ -54,8 +64,3 @@ class PoissonPlan:
 
     def _random(self, step: int, purpose: str) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(derive_wide(self._secret, purpose, step)))
-
-
-def derive_wide(secret: int, *parts: str | int) -> int:
-    """A 126-bit seed for one purpose: two of `derive`, so that a secret is not narrowed to what can be searched."""
-    return (derive(secret, *parts, "high") << 63) | derive(secret, *parts, "low")

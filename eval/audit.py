@@ -28,7 +28,7 @@ from train.data import Dataset
 from train.diffusion import per_example_loss
 from train.models import build, memory_format
 from train.records import labels_of
-from train.stage import SIDECAR
+from train.stage import RECORD
 
 CONFIDENCE = 0.95
 # Share of the canaries whose coin is guessed, half of them "in" and half "out"; the others are abstentions. Fixed,
@@ -172,7 +172,7 @@ def audit_run(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerat
     file = folder / canaries.FILE
     if not file.exists():
         return None
-    facts = json.loads((folder / "model" / SIDECAR).read_text())
+    facts = json.loads((folder / RECORD).read_text())
     claim = next((entry["claim"] for entry in facts["defenses"] if entry["name"] == "dpsgd"), {})
     table = canaries.read(file)
     rows = np.array([canary.row for canary in table], dtype=np.int64)

@@ -146,9 +146,9 @@ def _mechanism(claim: dict[str, Any], unit: str) -> Rows:
     steps, planned = claim.get("steps"), claim.get("planned_steps")
     rows = [
         ("sampling", claim.get("sampling")),
-        (f"sampling probability of a {unit} per step", claim.get("sample_rate")),
+        (f"sampling probability of a {claim.get('drawn') or unit} per step", claim.get("sample_rate")),
         ("noise multiplier (standard deviation / clip norm)", claim.get("noise_multiplier")),
-        ("clip norm (l2)", claim.get("clip_norm")),
+        (f"clip norm (l2) of a {claim.get('drawn') or unit}", claim.get("clip_norm")),
         ("divisor of the noisy sum (constant)", claim.get("batch_size")),
         ("draws averaged per record", claim.get("multiplicity")),
         (f"pictures used per {unit}, at most", images),
@@ -164,8 +164,14 @@ def _mechanism(claim: dict[str, Any], unit: str) -> Rows:
 
 def _units(units: int | None, public: bool | None) -> str | None:
     if units is None or public is None:
-        return None if units is None else number(units)
-    return f"{number(units)}, declared public" if public else "withheld: their number was not declared public"
+        return (
+            "withheld: their number was not declared public"
+            if public is False
+            else None
+            if units is None
+            else number(units)
+        )
+    return f"{number(units)}, taken as public" if public else "withheld: their number was not declared public"
 
 
 def _pair(first: int | None, second: int | None) -> str | None:

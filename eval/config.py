@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from defenses.errors import UserError
+from defenses.registry import CLASSES
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
 from eval.quality import UtilityConfig
@@ -73,6 +74,15 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.utility.features != "random-conv":
         verified_bytes(config.utility.weights, config.utility.weights_sha256)
+    private = [
+        name for name, kind in CLASSES.items() if kind.private and foreign is None and getattr(config.defenses, name)
+    ]
+    if private and config.report.push_to_hub is not None:
+        raise UserError(
+            "report.push_to_hub",
+            f"would publish a model card with figures computed from the records, which the claim of {private[0]} does not cover",
+            "set it to null, and publish the folder model/ yourself",
+        )
     if config.generate.prompts is not None and not Path(config.generate.prompts).is_file():
         raise UserError(
             "generate.prompts", f"{config.generate.prompts} is no file", "give a text file, a prompt a line"

@@ -32,7 +32,7 @@ from train.data import Dataset
 from train.files import write_csv, write_json
 from train.manifest import summary
 from train.runlog import RunDirectory, hardware, timestamp, versions
-from train.stage import SIDECAR, peak_memory
+from train.stage import RECORD, peak_memory
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [
@@ -74,7 +74,7 @@ def target_of(directory: RunDirectory, output: RunDirectory, config: SimpleNames
     for reason in reasons:
         name = reason.partition(":")[0]
         removed[name] = removed.get(name, 0) + 1
-    facts = json.loads((directory.model / SIDECAR).read_text())
+    facts = json.loads((directory.path / RECORD).read_text())
     defenses = registry.build(config.defenses)
     for defense in defenses:
         if defense.name in facts["defense_states"]:

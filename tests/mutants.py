@@ -58,7 +58,8 @@ CONSTANTS = f"{MECHANISM}::test_sampling_clipping_noise_and_ledger_have_one_set_
 WATCH = f"{MECHANISM}::test_watch_accepts_what_should_move_and_refuses_what_should_not"
 
 SELECTED = 'np.flatnonzero(self._random(step, "units").random(len(self._units)) < self.sample_rate)'
-NOISE = 'derive(self.secret, "noise", step)'
+NOISE = 'derive_wide(self.secret, "noise", step)'
+DRAWN = "random.standard_normal(like.numel(), dtype=np.float32)"
 ADD_NOISE = "        if accelerator.is_main_process:\n            flat += self.noise(flat, step)\n"
 ADD_CLIPPED = "add_clipped(gradients, self.clip_norm, totals)"
 STANDARD_DEVIATION = "drawn * (self.noise_multiplier * self.clip_norm)"
@@ -138,15 +139,15 @@ RANDOMNESS = [
     bug(
         "tensors share their noise",
         "defenses/mechanism.py",
-        "drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)",
-        "drawn = torch.randn(like.shape, generator=generator).view(2, -1)[:1].expand(2, -1).reshape(-1)",
+        DRAWN,
+        "np.tile(random.standard_normal(like.numel() // 2, dtype=np.float32), 2)",
         FRESH,
     ),
     bug(
         "uniform noise of the right variance",
         "defenses/mechanism.py",
-        "drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)",
-        "drawn = (torch.rand(like.shape, generator=generator) - 0.5) * 12**0.5",
+        DRAWN,
+        "((random.random(like.numel(), dtype=np.float32) - 0.5) * np.float32(12**0.5))",
         SCALE,
     ),
     bug(
@@ -544,8 +545,8 @@ SIDE_DOORS = [
     bug(
         "fp16 is accepted",
         "train/state.py",
-        'precision: Literal["bf16", "fp32"]',
-        'precision: Literal["bf16", "fp32", "fp16"]',
+        'if self.precision not in ("bf16", "fp32"):',
+        "if False:",
         f"{DPSGD}::test_values_that_cannot_be_name_their_key[train.precision=fp16-train.precision]",
     ),
     bug(
@@ -569,7 +570,15 @@ SIDE_DOORS = [
         "for parameter in model.parameters():\n            parameter.grad = torch.zeros_like(parameter)\n        for part, parameter in zip(parts, parameters, strict=True):\n            parameter.grad",
         f"{CANARY}[LoRA-vmap-default]",
     ),
-    bug("what moved is not watched", "defenses/mechanism.py", "        if wrong:\n", "        if False:\n", WATCH),
+    bug("frozen tensors may move", "defenses/mechanism.py", "        if frozen:\n", "        if False:\n", WATCH),
+    bug("all weights may stand still", "defenses/mechanism.py", "        if not moved:", "        if False:", WATCH),
+    bug(
+        "one trained tensor is not in the optimizer",
+        "train/stage.py",
+        "build_optimizer(settings.optimizer, trainable, settings.learning_rate)",
+        "build_optimizer(settings.optimizer, trainable[1:], settings.learning_rate)",
+        ALL_EMPTY,
+    ),
     bug(
         "ranks may drift apart",
         "defenses/mechanism.py",
@@ -698,6 +707,7 @@ def inside(tests: Sequence[str], tree: Path, log: Path) -> None:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # plugins complain that libraries are imported already
         sys.path[:] = [
             str(tree),
             *(path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")),
@@ -707,7 +717,7 @@ def inside(tests: Sequence[str], tree: Path, log: Path) -> None:
         assert Path(defenses.__file__).is_relative_to(tree), defenses.__file__
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *tests]))
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]))
     except BaseException:
         traceback.print_exc()
     finally:

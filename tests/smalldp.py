@@ -76,7 +76,7 @@ def begun(folder: Path, groups: list[str | None] | int = 40, steps: int = 7, bat
         folder=folder,
         accelerator=Accelerator(cpu=True),
     )
-    defense = DPSGD(DPSGDConfig(**settings))
+    defense = DPSGD(DPSGDConfig(batch_size=settings.pop("expected", None), **settings))
     defense.begin(context)
     return defense
 

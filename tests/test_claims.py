@@ -132,7 +132,7 @@ def test_the_claim_that_the_defense_makes(tmp_path, unit, noise, test):
     )  # fmt: skip
     made = dpclaim.build(
         [Segment(mechanism, 20)], delta=1e-5, units=1000, planned_steps=20, multiplicity=4,
-        images_per_group=4 if unit == "group" else None, sampling=f"Poisson over {unit}s", largest_group=5, starts=2,
+        images_per_group=4 if unit == "group" else None, drawn=unit, largest_group=5, starts=2,
         nonprivate_metrics=False,
     )  # fmt: skip
 

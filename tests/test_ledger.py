@@ -73,7 +73,7 @@ def test_a_failed_write_is_not_hidden(ledger, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         book(ledger, 1)
 
 

@@ -70,23 +70,24 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
-    batches = list(trainer.microbatches(trainer.plan.batch(0)))
-    if not batches:  # a batch drawn at random may be empty
+    batches = trainer.microbatches(trainer.plan.batch(0))
+    batch = next(iter(batches), None)
+    if batch is None:  # a batch drawn at random may be empty
         rows = dataset.rows("train", kept=True)[:1]
-        batches = [trainer.batch(rows, rows * 0)]
-    images = batches[0].images
+        batch = trainer.batch(rows, rows * 0)
+    images = batch.images
     say(
         f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process"
     )
-    if batches[0].labels is not None:
-        say(f"labels {tuple(batches[0].labels.shape)}, classes {model.config.num_class_embeds}")
+    if batch.labels is not None:
+        say(f"labels {tuple(batch.labels.shape)}, classes {model.config.num_class_embeds}")
     for defense in trainer.defenses:
         for line in defense.outlook():
             say(line)
     with autocast(images.device, config.train.precision):
-        saved = activation_bytes(lambda: trainer.loss(model, batches[0]).sum())
+        saved = activation_bytes(lambda: trainer.loss(model, batch).sum())
     # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
-    memory = 4 * (2 * parameters + 3 * trainable + parameters) + saved
+    memory = 4 * (2 * parameters + 3 * trainable + parameters) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
     kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
     pictures = config.generate.count * images[0].numel()

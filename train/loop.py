@@ -109,11 +109,16 @@ class Trainer:
         pixels, labels = self.fetch(rows)  # uint8 [b, C, H, W], int64 [b] | None
         return self.change(pixels, labels, RecordRandom(self.plan.seed, self.state.step, rows, repeat), rows)
 
-    def example(self, count: int) -> Batch:
-        """A batch of random images in place of records, to try the model on before any record is touched."""
+    def example(self, count: int, negated: slice = slice(0)) -> Batch:
+        """A batch of random images in place of records, to try the model on before any record is touched.
+
+        Args:
+            negated: which of them are shown as their negative.
+        """
         pixels, labels = self.fetch(np.zeros(1, dtype=np.int64))  # shapes and types alone are used
         random = RecordRandom(self.seed, 0, range(count), [0] * count)
         noise = (random.uniform("example", *pixels.shape[1:]) * 255).to(torch.uint8)
+        noise[negated] = 255 - noise[negated]
         return self.change(noise, None if labels is None else labels.new_zeros(count), random, np.arange(count))
 
     def change(

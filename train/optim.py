@@ -64,6 +64,10 @@ class MeanGradient:
         """Every model has a mean gradient."""
         return None
 
+    def memory(self, trained: int) -> int:
+        """Nothing."""
+        return 0
+
     def backward(
         self, model: nn.Module, loss: LossFunction, microbatches: Microbatches, step: int, accelerator: Any
     ) -> torch.Tensor:

@@ -33,6 +33,8 @@ from train.sampling import save_grid
 from train.state import TrainState, released_model
 
 SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
+RECORD = "training.json"  # in the run directory: the same and what is for the holder of the records alone
+FOR_THE_HOLDER = ("train_seconds", "peak_memory_bytes", "defense_states")  # not beside a private model
 
 
 def build_model(config: SimpleNamespace, names: list[str]) -> nn.Module:
@@ -57,7 +59,7 @@ def train_model(
         The contents of the model's sidecar: what evaluation and report need to know of training.
     """
     if on_main(accelerator, lambda: (directory.model / SIDECAR).exists()):
-        return json.loads((directory.model / SIDECAR).read_text())
+        return json.loads((directory.path / RECORD).read_text())
     names = class_names(dataset, config.data.label_key)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
     newest = on_main(accelerator, lambda: checkpoint.latest(directory.checkpoints))
@@ -147,8 +149,25 @@ def build_trainer(
         view=view,
         quiet=quiet,
     )
+    if any(defense.private for defense in defenses):
+        together(accelerator, lambda: refuse_mixing(trainer))
     together(accelerator, lambda: rule.check(model, trainer.loss, trainer.example(4)))
     return trainer
+
+
+def refuse_mixing(trainer: Trainer) -> None:
+    """Tries on random images whether a defense lets one example of a batch change another: a private rule could not bound it.
+
+    Raises:
+        UserError: it does.
+    """
+    one, other = trainer.example(4), trainer.example(4, negated=slice(1, None))
+    for name in ("images", "labels", "timesteps", "noise"):
+        first, second = getattr(one, name), getattr(other, name)
+        if first is not None and not torch.equal(first[:1], second[:1]):
+            raise UserError(
+                "defenses", f"one of them mixes the {name} of a batch, which a private run cannot have", "switch it off"
+            )
 
 
 def plan_and_rule(config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]) -> tuple[BatchPlan, GradientRule]:
@@ -244,7 +263,10 @@ def release(
                 load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False
             )
         save_pipeline(directory.model, model, trainer.schedule)
-        write_json(directory.model / SIDECAR, facts)  # last: its presence says that training is complete
+        write_json(directory.path / RECORD, facts)
+        private = any(defense.private for defense in trainer.defenses)
+        told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}
+        write_json(directory.model / SIDECAR, told)  # last: its presence says that training is complete
     accelerator.wait_for_everyone()
     return facts
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -23,7 +23,7 @@ class TrainConfig:
     batch_size: int = 64  # images per optimizer step, over all processes and accumulation
     accumulation: int = 1  # micro-batches per process and step
     learning_rate: float = 1e-3
-    precision: Literal["bf16", "fp32"] = "bf16"  # arithmetic; weights stay float32
+    precision: str = "bf16"  # bf16 or fp32 arithmetic; weights stay float32
     ema_decay: float = 0.999  # of the averaged weights, which are what is saved, sampled and attacked
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int | None = 2  # older ones are removed; null keeps all
@@ -40,6 +40,12 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulation", "log_every", "preview_count", "heldout_records"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if self.precision not in ("bf16", "fp32"):
+            raise UserError(
+                "train.precision",
+                f"{self.precision} is not offered: fp16 needs loss scaling, which skips steps by what it sees in the data",
+                "bf16 or fp32",
+            )
         for key in ("checkpoint_every", "preview_every", "heldout_every"):
             if getattr(self, key) < 0:
                 raise UserError(f"train.{key}", f"{getattr(self, key)} is negative", "0 means never")
