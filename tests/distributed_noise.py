@@ -89,6 +89,7 @@ def measure(folder: Path, world_size: int) -> None:
         "noise_digests": noise_digests,
         "weight_digests": gather_object([digest(weights)]),
         "secrets_agree": secrets_agree,
+        "wrapped": trainer.wrapped is not trainer.state.model,
         "drawn": drawn,
         "learning_rate": trainer.lr_schedule.get_last_lr()[0],
         "booked": len((directory.path / "ledger.jsonl").read_text().splitlines()),

@@ -183,11 +183,11 @@ NOISE_SCALE = [
         f"{PROCESSES}::test_the_sum_does_not_depend_on_the_number_of_processes",
     ),
     bug(
-        "DDP averages raw gradients",
+        "the model is wrapped by DDP, which averages raw gradients",
         "defenses/mechanism.py",
         "prepares_model = False",
         "prepares_model = True",
-        f"{PROCESSES}::test_the_sum_does_not_depend_on_the_number_of_processes",
+        f"{PROCESSES}::test_ranks_stay_together",
     ),
     bug(
         "noise in every micro-batch",

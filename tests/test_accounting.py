@@ -428,7 +428,7 @@ class TestNoise:
         counts = []
 
         def strict(history, delta):
-            counts.append(epsilon_rdp(history, delta) * (1 if history[-1].noise_multiplier > 12 else 9))
+            counts.append(epsilon_rdp(history, delta) * (9 if history and history[-1].noise_multiplier <= 12 else 1))
             return counts[-1]
 
         monkeypatch.setattr(accounting, "epsilon_prv", strict)
