@@ -39,7 +39,7 @@ bench: $(VENV)/.installed
 audit: $(VENV)/.installed
 	$(BIN)/python -m eval.audit_mechanism
 
-# Every bug of docs/dpsgd.md planted on purpose: each must be caught by its test.
+# Every known way to break DP-SGD without an error message, planted in a copy: each must be caught by its test.
 mutants: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
