@@ -1,5 +1,6 @@
 """What a private run promises, in the fields of report.json (after NIST SP 800-226, 2025, section on claims)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -57,6 +58,8 @@ def build(
     spent, steps = history(list(segments)), sum(segment.steps for segment in segments)
     reasons = not_private(segments)
     copies, found = _copies(segments), costs(segments, delta)
+    if found is not None and not math.isfinite(found.epsilon):
+        reasons, found = ["no accountant can bound what so little noise gives away"], None
     unit = last.unit if last else "record"
     records = _power_of_two(largest_group) if unit == "record" and largest_group > 1 else None
     several = None

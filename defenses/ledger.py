@@ -88,8 +88,6 @@ class Ledger:
         raw = self.file.read_bytes().split(b"\n")
         raw = raw[:-1] if raw[-1] == b"" else raw
         found = [_parse(line) for line in raw]
-        if len(found) > 1 and not any(found):
-            raise self._damaged(0)
         for place in [place for place, line in enumerate(found) if line is None]:
             before, after = _around(found, place)
             between = before and after and before["process"] == after["process"]

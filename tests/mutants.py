@@ -690,7 +690,11 @@ def run(tests: Sequence[str], tree: Path, log: Path) -> tuple[int, float]:
     started, child = time.perf_counter(), os.fork()
     if child == 0:
         inside(tests, tree, log)
-    _, status = os.waitpid(child, 0)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:  # interrupted: the child is in a group of its own, so that it can be ended with its children
+        os.killpg(child, signal.SIGKILL)
+        raise
     code = os.waitstatus_to_exitcode(status)
     return (code if code >= 0 else 128 - code), time.perf_counter() - started
 
