@@ -219,7 +219,7 @@ CLIPPING = [
         "defenses/mechanism.py",
         ADD_CLIPPED,
         "add_clipped([gradient.sum(0, keepdim=True) for gradient in gradients], self.clip_norm, totals)",
-        REFERENCE,
+        REFERENCE.replace("loop", "vmap"),  # by the loop every unit comes alone
     ),
     bug("no clipping", "defenses/mechanism.py", ADD_CLIPPED, "add_clipped(gradients, 1e9, totals)", REFERENCE, CANARY),
     bug(
@@ -415,15 +415,15 @@ BOOKS = [
     bug(
         "a line is not forced to the disk",
         "defenses/ledger.py",
-        "            os.fsync(file.fileno())\n",
-        "",
+        "os.fsync(file.fileno())",
+        "pass",
         f"{LEDGER}::test_a_line_is_on_disk_when_append_returns",
     ),
     bug(
         "a torn line costs nothing",
         "defenses/ledger.py",
-        "return [line or _neighbour(found, place) for place, line in enumerate(found)]",
-        "return known",
+        "return [line or _dearer(_around(found, place)) for place, line in enumerate(found) if place >= start]",
+        "return [line for line in found if line is not None]",
         f"{LEDGER}::test_a_torn_last_line_counts_like_its_neighbour",
     ),
     bug(
