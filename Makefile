@@ -41,7 +41,7 @@ audit: $(VENV)/.installed
 
 # Every known way to break DP-SGD without an error message, planted in a copy: each must be caught by its test.
 mutants: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)")'
