@@ -363,7 +363,7 @@ def fabricated_run(folder, count, steps, epsilon):
     save_pipeline(folder / "model", model, schedule)
     claim = {"epsilon": epsilon, "delta": 1e-5, "unit": "record"}
     sidecar = {"classes": [], "defenses": [{"name": "dedup", "claim": {}}, {"name": "dpsgd", "claim": claim}]}
-    (folder / "model" / "deffuse.json").write_text(json.dumps(sidecar))
+    (folder / "training.json").write_text(json.dumps(sidecar))
     return Dataset([], images), included
 
 

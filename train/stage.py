@@ -99,19 +99,7 @@ def build_trainer(
     state = TrainState(model=model, optimizer=optimizer, ema=ema)
     schedule = noise_schedule(settings.diffusion)
     check_schedule(config.model, schedule)
-    context = RunContext(
-        pool=pool_of(dataset, config.run.seed),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        accumulation=settings.accumulation,
-        precision=settings.precision,
-        seed=config.run.seed,
-        nonprivate_metrics=config.report.nonprivate_metrics,
-        folder=directory.path,
-        accelerator=accelerator,
-    )
-    for defense in defenses:
-        defense.begin(context)
+    begin(config, dataset, directory, accelerator, defenses)
     plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
     heldout = {} if quiet else heldout_batches(config, dataset, names, accelerator)
@@ -168,6 +156,30 @@ def refuse_mixing(trainer: Trainer) -> None:
             raise UserError(
                 "defenses", f"one of them mixes the {name} of a batch, which a private run cannot have", "switch it off"
             )
+
+
+def begin(
+    config: SimpleNamespace,
+    dataset: Dataset,
+    directory: RunDirectory,
+    accelerator: Accelerator,
+    defenses: list[Defense],
+) -> None:
+    """Tells every defense of the run; any may refuse it."""
+    settings = config.train
+    context = RunContext(
+        pool=pool_of(dataset, config.run.seed),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        precision=settings.precision,
+        seed=config.run.seed,
+        nonprivate_metrics=config.report.nonprivate_metrics,
+        folder=directory.path,
+        accelerator=accelerator,
+    )
+    for defense in defenses:
+        defense.begin(context)
 
 
 def plan_and_rule(config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]) -> tuple[BatchPlan, GradientRule]:
