@@ -28,6 +28,7 @@ class Pool:
         group: group (patient) of each row or None, length N.
         record_id: stable name of each row's record, length N.
         seed: ``run.seed``, for choices that a defense draws.
+        picture: number of the picture that each row shows, length N; copies share it, before any defense.
     """
 
     images: np.ndarray
@@ -36,6 +37,7 @@ class Pool:
     group: Sequence[str | None]
     record_id: Sequence[str] = ()
     seed: int = 0
+    picture: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,9 @@ class CheckpointView:
 
     Attributes:
         step: optimizer steps done.
-        sample: images from the current EMA weights by sample index, float32 [len, C, H, W] in [0, 1].
-        pool: the training records; ``control`` the rows of the calibration split.
+        sample: images from the EMA weights of this step by sample index, float32 [len, C, H, W] in [0, 1]; all ranks call it
+            together. Indices from `FIRST_PRIVATE_INDEX` on are never among the images that the evaluation attacks.
+        pool: the training records; ``control`` the rows of the calibration split in ``pool.images``.
     """
 
     step: int
@@ -209,7 +212,26 @@ class Verdict:
     release_step: int | None = None
 
 
-Sampler = Callable[..., torch.Tensor]  # (indices, labels) -> float32 [n, C, H, W] in [0, 1]
+# (sample indices, classes or prompts or None) -> float32 [n, C, H, W] in [0, 1]; an image that is NaN was withheld
+Sampler = Callable[..., torch.Tensor]
+FIRST_PRIVATE_INDEX = 2**40  # sample indices that defenses draw for themselves begin here
+
+
+@dataclass(frozen=True)
+class SamplingContext:
+    """What a defense may use when it wraps the sampling of the saved model (seam 6), on all ranks.
+
+    Attributes:
+        pool: the training split; ``rows`` are all its records, those that a defense removed among them.
+        control: rows of the calibration split in ``pool.images``, int64.
+        folder: the saved pipeline's; what a user of the defended model needs is kept in a sub-folder of it.
+        accelerator: Accelerate's `Accelerator`.
+    """
+
+    pool: Pool
+    control: np.ndarray
+    folder: Path
+    accelerator: Any
 
 
 class Defense(ABC):
@@ -217,10 +239,14 @@ class Defense(ABC):
 
     ``private``: what is measured on the records of a run with this defense (losses, realised batch sizes, label frequencies,
     held-out losses) is neither logged nor saved nor used, unless ``report.nonprivate_metrics`` is true.
+
+    ``after_training``: seams 5 and 6 alone are filled, so that a finished run can be given this defense later, without training
+    again (``eval/run.py run_dir=… defenses.NAME={}``).
     """
 
     name: str
     private = False
+    after_training = False
 
     def select(self, pool: Pool) -> list[Removal]:
         """Seam 1a: records to take out of training."""
@@ -257,7 +283,7 @@ class Defense(ABC):
         """Seam 5: stop, or choose the checkpoint to release."""
         return None
 
-    def wrap_sampler(self, sampler: Sampler) -> Sampler:
+    def wrap_sampler(self, sampler: Sampler, context: SamplingContext) -> Sampler:
         """Seam 6: sampling of the saved model."""
         return sampler
 
@@ -268,6 +294,10 @@ class Defense(ABC):
     @abstractmethod
     def claim(self) -> dict[str, Any]:
         """What is promised, as in report.json: ``{"kind": "heuristic", "statement": ...}`` or ``{"kind": "dp", ...}``."""
+
+    def findings(self) -> dict[str, Any] | None:
+        """What the defense measured while it worked, for report.json (JSON values); None: nothing."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a stop: JSON values only."""

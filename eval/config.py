@@ -66,6 +66,7 @@ def check(config: SimpleNamespace) -> None:
         raise UserError(
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
+    check_along(config, foreign)
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",
@@ -98,3 +99,23 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.report.push_to_hub is not None:
         raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")
+
+
+def check_along(config: SimpleNamespace, foreign: str | None) -> None:
+    """Refuses steps in ``report.along`` at which there will be no checkpoint.
+
+    Raises:
+        UserError: report.along.
+    """
+    if not config.report.along:
+        return
+    if foreign is not None:
+        raise UserError("report.along", "needs the checkpoints of a run of ours", "set it to []")
+    every, last = config.train.checkpoint_every, config.train.steps
+    missing = [step for step in config.report.along if step >= last or not every or step % every]
+    if missing:
+        raise UserError(
+            "report.along", f"no checkpoint is made at step {missing[0]}", f"multiples of {every or last} below {last}"
+        )
+    if config.train.keep_checkpoints is not None:
+        raise UserError("report.along", "needs the checkpoints that are removed", "set train.keep_checkpoints=null")

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ Images = Callable[[str], np.ndarray]  # record_id -> uint8 [C, H, W]
 class ReportConfig:
     """Section ``report``."""
 
+    # steps of earlier checkpoints that are attacked and measured too, so that privacy can be held against utility along
+    # training; needs train.keep_checkpoints=null; []: the released weights alone
+    along: list[int] = field(default_factory=list)
     pairs: int = 24  # extracted pictures shown beside their generation, at most; 0: none
     grid: int = 64  # generations in the sample grid, at most; 0: none
     push_to_hub: str | None = (
@@ -41,6 +44,8 @@ class ReportConfig:
         for key in ("pairs", "grid"):
             if getattr(self, key) < 0:
                 raise UserError(f"report.{key}", f"{getattr(self, key)} is negative", "take 0 for none, or more")
+        if any(step < 1 for step in self.along) or len(set(self.along)) < len(self.along):
+            raise UserError("report.along", f"{self.along} are not distinct steps", "e.g. [100, 200, 300]")
 
 
 def render(

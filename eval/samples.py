@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
 
-from defenses.base import Defense
+from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
@@ -133,10 +133,10 @@ def _fit(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     return images
 
 
-def wrap(source: Source, defenses: list[Defense]) -> None:
+def wrap(source: Source, defenses: list[Defense], context: SamplingContext) -> None:
     """Seam 6: lets the defenses stand between the model and its user."""
     for defense in defenses:
-        source.draw = defense.wrap_sampler(source.draw)
+        source.draw = defense.wrap_sampler(source.draw, context)
 
 
 def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:

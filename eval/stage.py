@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from defenses import registry
-from defenses.base import Defense
+from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.ranks import on_main
 from eval import samples
@@ -31,6 +31,7 @@ from eval.report import render
 from train.data import Dataset
 from train.files import write_csv, write_json
 from train.manifest import summary
+from train.records import pool_of
 from train.runlog import RunDirectory, hardware, timestamp, versions
 from train.stage import RECORD, peak_memory
 
@@ -94,7 +95,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.pipeline is not None:
         with timed(output, "generate_seconds", accelerator):
             source = samples.load(target.pipeline, config.generate, config.run.seed, shape, accelerator.device)
-            samples.wrap(source, target.defenses)
+            samples.wrap(source, target.defenses, sampling_context(target, config, accelerator))
             prompts = samples.prompts_of(config.generate, target.dataset) if source.protocol == "prompted" else []
             samples.generate(source, target.generations, config.generate, prompts, config.run.seed, accelerator)
         sampler = {
@@ -123,6 +124,12 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
         write(target, config, report, extraction, audit)
     accelerator.wait_for_everyone()
     return report
+
+
+def sampling_context(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> SamplingContext:
+    """What defenses at seam 6 may use: all training records, those that a defense removed among them."""
+    pool = replace(pool_of(target.dataset, config.run.seed), rows=target.dataset.rows("train"))
+    return SamplingContext(pool, target.dataset.rows("calibration"), target.pipeline, accelerator)
 
 
 @contextmanager

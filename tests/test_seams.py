@@ -231,9 +231,9 @@ def test_sampler_seam_wraps_generation():
     from eval.samples import Source, wrap
 
     class Darken(Base):
-        def wrap_sampler(self, sampler):
+        def wrap_sampler(self, sampler, context):
             return lambda indices, conditions: sampler(indices, conditions) / 2
 
     source = Source("untargeted", lambda indices, conditions: torch.ones(len(indices), 1, 2, 2), np.zeros(0), {})
-    wrap(source, [Darken(NothingConfig()), Darken(NothingConfig())])
+    wrap(source, [Darken(NothingConfig()), Darken(NothingConfig())], context=None)
     assert source.draw([1, 2], None).unique().tolist() == [0.25]

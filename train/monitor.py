@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from diffusers import DDPMScheduler
+from torch import nn
 
 from defenses.base import Batch
 from defenses.seeding import RecordRandom, derive
@@ -66,31 +67,34 @@ def heldout_losses(
 
 def sample_on_all_ranks(
     config: SimpleNamespace,
-    state: TrainState,
+    model: nn.Module,
     schedule: DDPMScheduler,
     frequency: np.ndarray,
     indices: Sequence[int],
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Images of the EMA weights for sample indices, of classes as frequent as ``frequency`` (int64 [classes]), drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1]."""
+    """Images of ``model`` for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1].
+
+    Args:
+        frequency: weight of every class, int64 [classes]; empty for unconditional models.
+    """
     steps = min(25, config.train.diffusion.timesteps)
     sampler = SamplerConfig(steps=steps, batch_size=8)  # small blocks, so that every rank has some
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     drawn = []
-    with averaged_weights(state) as model:
-        for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
-            chosen = [indices[i] for i in block]
-            labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if len(frequency) else None
-            images = sample(
-                model,
-                schedule.config,
-                sampler,
-                chosen,
-                shape,
-                seed=config.run.seed,
-                labels=labels,
-                precision=config.train.precision,
-            )
-            drawn.append((block.start, images))
+    for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
+        chosen = [indices[i] for i in block]
+        labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if len(frequency) else None
+        images = sample(
+            model,
+            schedule.config,
+            sampler,
+            chosen,
+            shape,
+            seed=config.run.seed,
+            labels=labels,
+            precision=config.train.precision,
+        )
+        drawn.append((block.start, images))
     gathered = sorted(gather_object(drawn), key=lambda pair: pair[0])
     return torch.cat([images for _, images in gathered])

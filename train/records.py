@@ -41,6 +41,7 @@ def pool_of(dataset: Dataset, seed: int) -> Pool:
         group=[record.group for record in records],
         record_id=[record.record_id for record in records],
         seed=seed,
+        picture=[record.cluster for record in records],
     )
 
 

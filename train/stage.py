@@ -30,7 +30,7 @@ from train.plan import EpochPlan
 from train.records import class_frequency, class_names, labels_of, pool_of
 from train.runlog import RunDirectory
 from train.sampling import save_grid
-from train.state import TrainState, released_model
+from train.state import TrainState, averaged_weights, released_model
 
 SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
 RECORD = "training.json"  # in the run directory: the same and what is for the holder of the records alone
@@ -109,7 +109,8 @@ def build_trainer(
         return torch.from_numpy(dataset.images[batch_rows]), labels_of(dataset, batch_rows, names)
 
     def draw_samples(indices) -> torch.Tensor:
-        return sample_on_all_ranks(config, state, schedule, frequency, indices, accelerator)
+        with averaged_weights(state) as averaged:
+            return sample_on_all_ranks(config, averaged, schedule, frequency, indices, accelerator)
 
     def preview(step: int) -> None:
         images = draw_samples(range(settings.preview_count))
@@ -286,7 +287,12 @@ def release(
 def describe(defense: Defense, config: SimpleNamespace) -> dict[str, Any]:
     """Name, settings and claim, as in report.json."""
     settings = getattr(config.defenses, defense.name, None)
-    return {"name": defense.name, "settings": asdict(settings) if settings else {}, "claim": defense.claim()}
+    return {
+        "name": defense.name,
+        "settings": asdict(settings) if settings else {},
+        "claim": defense.claim(),
+        "findings": defense.findings(),
+    }
 
 
 def peak_memory(accelerator: Accelerator) -> int:
