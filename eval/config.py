@@ -11,6 +11,7 @@ from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
+from train.diffusion import native_precision
 from train.sampling import SamplerConfig
 
 
@@ -22,10 +23,14 @@ class GenerateConfig(SamplerConfig):
     prompts: str | None = None  # text file, a prompt a line, for text-to-image models; null: the training captions
     max_prompts: int = 8  # prompts, those whose picture occurs most often first
     per_prompt: int = 16  # images per prompt
-    precision: Literal["bf16", "fp32"] = "fp32"  # arithmetic of the network
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "fp32"  # of the network; auto: bf16 where the machine has it in hardware
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.precision == "auto":
+            self.precision = native_precision()
         for key in ("count", "max_prompts", "per_prompt"):
             if getattr(self, key) < 1:
                 raise UserError(f"generate.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")

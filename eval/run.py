@@ -18,9 +18,12 @@ from types import SimpleNamespace
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.errors import UserError
+from defenses.registry import CLASSES
 from eval.config import SECTIONS as EVAL_SECTIONS
 from eval.config import check
-from eval.stage import Target, evaluate, target_of
+from eval.replay import replayed
+from eval.stage import evaluate
+from eval.target import Target
 from train import cli
 from train import config as configuration
 from train.data import prepare
@@ -42,7 +45,8 @@ def main(arguments: cli.Arguments) -> int:
     sections = {**configuration.SECTIONS, **EVAL_SECTIONS, **{name: None for name in TARGETS}}
     check_fixed(arguments, chosen[0])
     if chosen[0] == "run_dir":  # the run's own file has the run's name
-        defaults, overrides = [], ["run.name=again", *arguments.overrides]
+        # earlier checkpoints were measured with the run: they do not change
+        defaults, overrides = [], ["run.name=again", "report.along=[]", *arguments.overrides]
     else:
         defaults, overrides = [f"run.name=eval-{chosen[0]}", "data.source=???"], arguments.overrides
     tree = configuration.load(sections, base_file(arguments, chosen[0]), overrides, defaults)
@@ -72,15 +76,23 @@ def base_file(arguments: cli.Arguments, target: str) -> Path | None:
 def check_fixed(arguments: cli.Arguments, target: str) -> None:
     """What was trained cannot be changed by evaluating it."""
     keys = [text.partition("=")[0] for text in arguments.overrides] if target == "run_dir" else []
-    fixed = [
-        key for key in keys if key.split(".")[0] in ("data", "model", "train", "defenses") and key != "data.restricted"
-    ]
+    later = [name for name, kind in CLASSES.items() if kind.after_training]
+    fixed = [key for key in keys if not changeable(key, later)]
     if fixed:
+        allowed = ", ".join(f"defenses.{name}" for name in later)
         raise UserError(
             fixed[0],
             "cannot be changed after training",
-            "only run.*, generate.*, attack.*, utility.*, report.*, data.restricted",
+            f"only run.*, generate.*, attack.*, utility.*, report.*, data.restricted, {allowed}",
         )
+
+
+def changeable(key: str, later: list[str]) -> bool:
+    """Whether a setting may differ from the run's: nothing that training depended on."""
+    section, _, rest = key.partition(".")
+    if section == "defenses":
+        return rest.partition(".")[0] in later
+    return section not in ("data", "model", "train") or key == "data.restricted"
 
 
 def evaluate_run(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:
@@ -92,7 +104,7 @@ def evaluate_run(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:
     output = RunDirectory(RunConfig(name=config.run.name, output_dir=str(folder / "eval")))
     output.open(tree, cli.command_line())
     accelerator.wait_for_everyone()
-    return finish(output, accelerator, lambda: target_of(directory, output, config), config)
+    return finish(output, accelerator, lambda: replayed(directory, output, config, accelerator), config)
 
 
 def evaluate_foreign(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:

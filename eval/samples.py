@@ -26,6 +26,7 @@ from train.models import memory_format
 from train.sampling import blocks, class_of_sample, sample, to_pil, to_uint8
 from train.stage import SIDECAR
 
+WITHHELD = ".withheld"  # suffix of the empty file that stands where a defense let no image out
 MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
 
 Draw = Callable[
@@ -168,23 +169,63 @@ def generate(
     mine = work[accelerator.process_index :: accelerator.num_processes]
     for number, block in tqdm(mine, desc="generate", unit="batch", disable=not accelerator.is_main_process):
         files = [_file(folder, number if prompts else None, index) for index in block]
-        if all(file.exists() for file in files):
+        if all(file.exists() or _withheld(file).exists() for file in files):
             continue
         conditions = None
         if prompts:
             conditions = [groups[number]] * len(block)
         elif len(source.class_frequency):
             conditions = class_of_sample(block, source.class_frequency, seed)
-        for file, image in zip(files, to_uint8(source.draw(list(block), conditions)), strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(file, "wb") as handle:
-                to_pil(image).save(handle, format="PNG")
+        for file, image in zip(files, source.draw(list(block), conditions), strict=True):
+            _save(file, image)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_csv(
-            folder / "index.csv", ["file", "index", "seed", "condition"], _index(source, folder, groups, count, seed)
+            folder / "index.csv",
+            ["file", "index", "seed", "condition", "withheld"],
+            _index(source, folder, groups, count, seed),
         )
     accelerator.wait_for_everyone()
+
+
+def _save(file: Path, image: torch.Tensor) -> None:
+    """One image, float32 [C, H, W] in [0, 1], as a PNG; an empty marker in its place where a defense withheld it (NaN)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if image.isnan().any():
+        _withheld(file).touch()
+        return
+    with atomic(file, "wb") as handle:
+        to_pil(to_uint8(image[None])[0]).save(handle, format="PNG")
+
+
+def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
+    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn."""
+    draw, number = source.draw, {prompt: place for place, prompt in enumerate(prompts)}
+
+    def reading(indices: Sequence[int], conditions: Sequence[Any] | None) -> torch.Tensor:
+        files = [
+            _file(folder, number[conditions[place]] if prompts else None, index) for place, index in enumerate(indices)
+        ]
+        missing = [place for place, file in enumerate(files) if not file.exists()]
+        drawn = {}
+        if missing:
+            some = None if conditions is None else [conditions[place] for place in missing]
+            drawn = dict(zip(missing, draw([indices[place] for place in missing], some), strict=True))
+        read = [drawn[place] if place in drawn else _pixels(file) for place, file in enumerate(files)]
+        return torch.stack(read)
+
+    source.draw = reading
+
+
+def _pixels(file: Path) -> torch.Tensor:
+    """A PNG of ours, float32 [C, H, W] in [0, 1]."""
+    with Image.open(file) as image:
+        pixels = np.asarray(image)
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+
+
+def _withheld(file: Path) -> Path:
+    return file.with_suffix(WITHHELD)
 
 
 def _file(folder: Path, prompt: int | None, index: int) -> Path:
@@ -198,7 +239,8 @@ def _index(source: Source, folder: Path, groups: list, count: int, seed: int):
             if prompt is None and len(source.class_frequency):
                 condition = int(class_of_sample([index], source.class_frequency, seed)[0])
             file = _file(folder, None if prompt is None else number, index)
-            yield {"file": str(file.relative_to(folder)), "index": index, "seed": seed, "condition": condition}
+            row = {"file": str(file.relative_to(folder)), "index": index, "seed": seed, "condition": condition}
+            yield row | {"withheld": _withheld(file).exists()}
 
 
 @dataclass
@@ -257,7 +299,7 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
 def _images(folder: Path) -> list[Path]:
     """Files that may be generations: no hidden (half-written) ones, no tables and texts."""
     files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix not in (".csv", ".json", ".txt"))
+    return sorted(path for path in files if path.suffix not in (".csv", ".json", ".txt", WITHHELD))
 
 
 def _read(file: Path, image_size: int, channels: int) -> np.ndarray:

@@ -1,13 +1,8 @@
 """The last stage of a run: generate, attack, measure, report. `run_evaluation` is all that the trainer calls."""
 
-import csv
 import hashlib
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,24 +11,20 @@ import huggingface_hub
 import numpy as np
 from accelerate import Accelerator
 
-from defenses import registry
-from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.ranks import on_main
 from eval import samples
+from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
-from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
-from eval.extraction import Extraction, Pictures, check_tier, untargeted
-from eval.prompted import prompted
-from eval.quality import measure
+from eval.extraction import Extraction
+from eval.measure import attack, downstream_of, quality_of
 from eval.report import render
-from train.data import Dataset
+from eval.target import Target, sampling_context, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
-from train.records import pool_of
 from train.runlog import RunDirectory, hardware, timestamp, versions
-from train.stage import RECORD, peak_memory
+from train.stage import peak_memory
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [
@@ -41,47 +32,9 @@ CLIQUES = [
 ]  # fmt: skip
 
 
-@dataclass
-class Target:
-    """What is evaluated, and where the results go.
-
-    Attributes:
-        output: run directory, or a folder of its own for a second evaluation.
-        pipeline: saved pipeline to sample; None where ``generations`` were made by somebody else.
-        generations: folder of the images.
-        facts: contents of the pipeline's sidecar (see `train.stage.release`); empty for foreign models.
-        removed: records that each defense took out of training.
-    """
-
-    output: RunDirectory
-    dataset: Dataset
-    pipeline: Path | None
-    generations: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-    defenses: list[Defense] = field(default_factory=list)
-    removed: dict[str, int] = field(default_factory=dict)
-
-
 def run_evaluation(directory: RunDirectory, config: SimpleNamespace, accelerator: Accelerator) -> dict[str, Any]:
     """Evaluates the run in ``directory`` from its files, on all ranks, and writes its reports."""
     return evaluate(target_of(directory, directory, config), config, accelerator)
-
-
-def target_of(directory: RunDirectory, output: RunDirectory, config: SimpleNamespace) -> Target:
-    """A finished run as something to evaluate; ``output`` is where the results go."""
-    with directory.manifest.open(newline="") as file:
-        reasons = [row["reason"] for row in csv.DictReader(file) if row["kept"] == "false" and row["split"] == "train"]
-    removed: dict[str, int] = {}
-    for reason in reasons:
-        name = reason.partition(":")[0]
-        removed[name] = removed.get(name, 0) + 1
-    facts = json.loads((directory.path / RECORD).read_text())
-    defenses = registry.build(config.defenses)
-    for defense in defenses:
-        if defense.name in facts["defense_states"]:
-            defense.load_state_dict(facts["defense_states"][defense.name])
-    dataset = Dataset.load(directory.prepared)
-    return Target(output, dataset, directory.model, output.generations, facts, defenses, removed)
 
 
 def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -90,132 +43,90 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     Returns:
         The contents of report.json.
     """
-    output, shape = target.output, (config.data.channels, config.data.image_size, config.data.image_size)
-    source, sampler = None, None
-    if target.pipeline is not None:
-        with timed(output, "generate_seconds", accelerator):
-            source = samples.load(target.pipeline, config.generate, config.run.seed, shape, accelerator.device)
-            samples.wrap(source, target.defenses, sampling_context(target, config, accelerator))
-            prompts = samples.prompts_of(config.generate, target.dataset) if source.protocol == "prompted" else []
-            samples.generate(source, target.generations, config.generate, prompts, config.run.seed, accelerator)
-        sampler = {
-            "name": config.generate.sampler,
-            "steps": config.generate.steps,
-            "precision": config.generate.precision,
-        }
+    output = target.output
+    source = generate(target, config, accelerator) if target.pipeline is not None else None
     images = samples.find(target.generations, config.data.image_size, config.data.channels)
-    extraction = None
+    found = Findings(images)
     if config.attack.extraction is not None:
         with timed(output, "attack_seconds", accelerator):
-            extraction = attack(images, target.dataset, config, accelerator)
-            extraction.report |= {"sampler": sampler}
-        extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
-    audit = None
+            found.extraction = attack(images, target.dataset, config, accelerator)
+        found.extraction.report["sampler"] = sampler_of(config) if source else None
+        found.extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
-            audit = audit_run(target.pipeline.parent, config, target.dataset, accelerator)
+            found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
     with timed(output, "utility_seconds", accelerator):
-        classes = source.facts["classes"] if source else None
-        utility = measure_utility(images, target.dataset, classes, config, accelerator)
-    report = on_main(
-        accelerator, lambda: assemble(target, config, source, images, extraction, audit, utility, accelerator)
-    )
+        found.utility = quality_of(images, target.dataset, config, accelerator)
+        if found.utility is not None:
+            classes = source.facts["classes"] if source else None
+            found.utility |= downstream_of(images, target.dataset, classes, config, accelerator)
+    if target.guarded:
+        measure_unguarded(found, target, config, accelerator)
+    if target.facts:
+        found.along = along_training(target, config, accelerator)
+    for defense in target.defenses:
+        defense.gather(accelerator)
+    report = on_main(accelerator, lambda: assemble(target, config, source, found, accelerator))
     if accelerator.is_main_process:
-        write(target, config, report, extraction, audit)
+        write(target, config, report, found)
     accelerator.wait_for_everyone()
     return report
 
 
-def sampling_context(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> SamplingContext:
-    """What defenses at seam 6 may use: all training records, those that a defense removed among them."""
-    pool = replace(pool_of(target.dataset, config.run.seed), rows=target.dataset.rows("train"))
-    return SamplingContext(pool, target.dataset.rows("calibration"), target.pipeline, accelerator)
+@dataclass
+class Findings:
+    """What the evaluation found; a part that was not run is None (``along``: empty)."""
+
+    images: samples.Generations
+    extraction: Extraction | None = None
+    unguarded: dict[str, Any] | None = None  # privacy.extraction of the same model without the defenses of seam 6
+    audit: RunAudit | None = None
+    utility: dict[str, Any] | None = None
+    along: list[dict[str, Any]] = field(default_factory=list)
 
 
-@contextmanager
-def timed(output: RunDirectory, stage: str, accelerator: Accelerator) -> Iterator[None]:
-    """Adds the block's wall-clock seconds to the stage's record."""
-    started = time.perf_counter()
-    yield
-    accelerator.wait_for_everyone()
-    output.add_seconds(stage, time.perf_counter() - started)
+def generate(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> samples.Source:
+    """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives."""
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    with timed(target.output, "generate_seconds", accelerator):
+        source = samples.load(target.pipeline, config.generate, config.run.seed, shape, accelerator.device)
+        prompts = samples.prompts_of(config.generate, target.dataset) if source.protocol == "prompted" else []
+        if target.guarded:
+            bare = unguarded_folder(target)
+            samples.generate(source, bare, config.generate, prompts, config.run.seed, accelerator)
+            samples.reuse(source, bare, prompts)
+            samples.wrap(source, target.defenses, sampling_context(target, config, accelerator))
+        samples.generate(source, target.generations, config.generate, prompts, config.run.seed, accelerator)
+    return source
 
 
-def pictures_of(dataset: Dataset, split: str) -> Pictures | None:
-    """All usable records of one split, those that a defense removed among them; None where it is empty."""
-    rows = dataset.rows(split)
-    if not len(rows):
-        return None
-    records = [dataset.records[row] for row in rows]
-    return Pictures(
-        images=dataset.images[rows[0] : rows[-1] + 1] if len(rows) == rows[-1] - rows[0] + 1 else dataset.images[rows],
-        record_id=[record.record_id for record in records],
-        picture=np.array([record.cluster for record in records], dtype=np.int64),
-        block=np.array([record.block for record in records], dtype=np.int64),
-        group=[record.group for record in records],
-        copies=np.array([record.copies for record in records], dtype=np.int64),
-    )
+def unguarded_folder(target: Target) -> Path:
+    """Images of the same sample indices without the defenses of seam 6: what whoever holds the weights can draw."""
+    return target.output.path / "generations_guard_off"
 
 
-def attack(
-    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
-) -> Extraction:
-    """The extraction attack in the protocol that fits: prompted where generations are grouped by prompt."""
-    settings = config.attack.extraction
-    training, heldout = pictures_of(dataset, "train"), pictures_of(dataset, "heldout")
-    size, channels = config.data.image_size, config.data.channels
-    options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
-    protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
-    if protocol == "prompted":
-        if not images.prompted:
-            raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
-        sizes = [len(files) for _, files in images.groups]
-        check_tier(settings, sum(sizes), len(sizes), min(sizes))
-        groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
-        return prompted(groups, training, heldout, settings, accelerator, **options)
-    names = [name for _, files in images.groups for name in files]
-    check_tier(settings, len(names))
-    return untargeted(
-        images.read(names, size, channels), training, heldout, settings, accelerator, names=names, **options
-    )
+def measure_unguarded(found: Findings, target: Target, config: SimpleNamespace, accelerator: Accelerator) -> None:
+    """The same attack and quality figures with the guard off: what the weights give away."""
+    images = samples.find(unguarded_folder(target), config.data.image_size, config.data.channels)
+    with timed(target.output, "guard_off_seconds", accelerator):
+        if config.attack.extraction is not None:
+            found.unguarded = attack(images, target.dataset, config, accelerator).report
+            found.unguarded["sampler"] = sampler_of(config)
+        if found.utility is not None:
+            found.utility["guard_off"] = quality_of(images, target.dataset, config, accelerator)
 
 
-def measure_utility(
-    images: samples.Generations,
-    dataset: Dataset,
-    classes: list[str] | None,
-    config: SimpleNamespace,
-    accelerator: Accelerator,
-) -> dict[str, Any] | None:
-    """Image quality against held-out pictures, and use for a classifier; None without held-out pictures.
-
-    Args:
-        classes: labels that the model was conditioned on; none for other models.
-    """
-    rows = dataset.rows("heldout")
-    if not len(rows):
-        return None
-    names = [name for _, files in images.groups for name in files]
-    generated = images.read(names, config.data.image_size, config.data.channels)
-    quality = measure(
-        generated, dataset.images[rows], config.utility, accelerator.device, config.run.seed, accelerator=accelerator
-    )
-    if config.utility.downstream is None:
-        return quality | not_measured("it is switched off (utility.downstream)")
-    if not classes:
-        return quality | not_measured("the generations have no known classes")
-    labelled = Labelled(generated, labels_of_generations(images.folder, names, len(classes)))
-    return quality | measure_downstream(labelled, dataset, classes, config.utility.downstream, accelerator)
+def sampler_of(config: SimpleNamespace) -> dict[str, Any]:
+    """How the images were drawn, as in the report."""
+    settings = config.generate
+    return {"name": settings.sampler, "steps": settings.steps, "precision": settings.precision}
 
 
 def assemble(
     target: Target,
     config: SimpleNamespace,
     source: samples.Source | None,
-    images: samples.Generations,
-    extraction: Extraction | None,
-    audit: RunAudit | None,
-    utility: dict[str, Any] | None,
+    found: Findings,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """report.json, schema 1 (docs: the contract). A part that was not run is None."""
@@ -241,39 +152,43 @@ def assemble(
             **summary(target.dataset),
             "removed_by_dedup": target.removed.get("dedup", 0) if target.facts else None,
             "restricted": config.data.restricted,
-            "generations_rejected": images.rejected,
+            "generations_rejected": found.images.rejected,
         },
-        "defenses": target.facts.get("defenses", []),
+        "defenses": with_findings(target),
         "model": {**source.facts, "released_step": facts.get("released_step"), "stopped_by": facts.get("stopped_by")}
         if source
         else None,
         "privacy": {
-            "extraction": extraction.report if extraction else None,
+            "extraction": found.extraction.report if found.extraction else None,
+            "extraction_guard_off": found.unguarded,
             "membership": None,
             "inpainting": None,
             "canaries": None,
-            "audit": audit.report if audit else None,
+            "audit": found.audit.report if found.audit else None,
         },
-        "utility": utility,
+        "utility": found.utility,
+        "along": found.along,
         "cost": {
             "train_seconds": train_seconds,
             "images_per_second": facts["images_seen"] / train_seconds if train_seconds else None,
             "generate_seconds": progress.get("generate_seconds"),
             "attack_seconds": progress.get("attack_seconds"),
+            "along_seconds": progress.get("along_seconds"),
             "peak_memory_bytes": max(facts.get("peak_memory_bytes", 0), peak_memory(accelerator)),
         },
     }
 
 
-def write(
-    target: Target,
-    config: SimpleNamespace,
-    report: dict[str, Any],
-    extraction: Extraction | None,
-    audit: RunAudit | None,
-) -> None:
+def with_findings(target: Target) -> list[dict[str, Any]]:
+    """The defenses as they were recorded after training, with what those at seam 6 have measured since."""
+    later = {defense.name: defense.findings() for defense in target.defenses}
+    entries = target.facts.get("defenses", [])
+    return [entry | {"findings": later.get(entry["name"]) or entry.get("findings")} for entry in entries]
+
+
+def write(target: Target, config: SimpleNamespace, report: dict[str, Any], found: Findings) -> None:
     """Tables of the attack, then the page, and report.json last: its presence says that the run is complete."""
-    output = target.output
+    output, extraction, audit = target.output, found.extraction, found.audit
     if extraction is not None:
         output.attack.mkdir(exist_ok=True)
         write_csv(output.attack / "matches.csv", MATCHES, extraction.matches)
@@ -290,7 +205,7 @@ def write(
         restricted=config.data.restricted,
         config=config.report,
         generations=target.generations,
-        trained_in=target.pipeline.parent if target.facts else None,
+        trained_in=target.run.path if target.run else None,
     )
     if config.report.push_to_hub is not None:
         push(target, config.report.push_to_hub)

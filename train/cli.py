@@ -1,8 +1,11 @@
 """What the two entry points share: arguments, errors as one line, the accelerator."""
 
 import argparse
+import ctypes
+import errno
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 LONGEST_WAIT = timedelta(hours=6)  # of one rank for another; the default of 10 minutes is too short for large data sets
+DIES_WITH_PARENT = (
+    "DEFFUSE_DIES_WITH_PARENT"  # environment: get SIGTERM when the launcher dies, so that no arm runs on alone
+)
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
@@ -71,11 +77,33 @@ def run(main: Callable[[Arguments], int], arguments: Arguments) -> None:
     """Calls ``main`` and exits with its status; a `UserError` becomes one line and status 2."""
     from defenses.errors import UserError
 
+    die_with_parent()
     try:
         status = main(arguments)
     except UserError as error:
         fail(str(error))
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        fail(
+            "run.output_dir: the disk is full; nothing that was complete is lost (make room, then give the same command)"
+        )
     sys.exit(status)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors says so in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    cause = error.__cause__ or error.__context__
+    return "No space left on device" in text or (cause is not None and is_disk_full(cause))
+
+
+def die_with_parent() -> None:
+    """Asks Linux for SIGTERM when the process that started this one dies, where the environment says so."""
+    if os.environ.get(DIES_WITH_PARENT) == "1" and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def start(config: SimpleNamespace, project: Path | None = None, trackers: list[str] | None = None):

@@ -43,6 +43,15 @@ def load(
     OmegaConf.set_struct(root, True)
     for default in defaults:
         root = _merge(root, _parse(default), "defaults")
+    return merge(root, file, overrides)
+
+
+def merge(root: DictConfig, file: Path | None, overrides: Sequence[str]) -> DictConfig:
+    """A file and then overrides over typed defaults.
+
+    Raises:
+        UserError: as `load`.
+    """
     if file is not None:
         root = _merge(root, _read(file), str(file))
     for override in overrides:

@@ -123,3 +123,11 @@ def per_example_loss(model: nn.Module, batch: Batch, schedule: DDPMScheduler, ga
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bf16 arithmetic for ``precision="bf16"``, else plain float32. Weights stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def native_precision() -> str:
+    """ "bf16" where this machine multiplies in it, else "fp32": emulated bf16 is ten times slower than fp32 (docs/performance.md)."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    known = torch.cpu.get_capabilities()
+    return "bf16" if any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "fp32"

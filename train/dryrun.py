@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from defenses import registry
 from defenses.ranks import on_main
@@ -89,10 +90,15 @@ def describe_training(
     # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
     memory = 4 * (2 * parameters + 3 * trainable + parameters) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
+    say(f"disk about {gib(disk_bytes(config, dataset, model))} in {Path(config.run.output_dir) / config.run.name}")
+
+
+def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module) -> int:
+    """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, generations."""
+    parameters = parameter_count(model)
     kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
-    pictures = config.generate.count * images[0].numel()
-    disk = dataset.images.nbytes + kept * 16 * parameters + 4 * parameters + pictures
-    say(f"disk about {gib(disk)} in {Path(config.run.output_dir) / config.run.name}")
+    pictures = config.generate.count * dataset.images[0].size
+    return dataset.images.nbytes + kept * 16 * parameters + 4 * parameters + pictures
 
 
 def activation_bytes(loss: Callable[[], torch.Tensor]) -> int:

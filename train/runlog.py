@@ -83,6 +83,25 @@ def _cpu_name() -> str:
 _LOCKED: dict[Path, int] = {}  # directories that this process holds, with the open files that hold them
 
 
+def lock(folder: Path, key: str) -> None:
+    """Keeps a second process out of a directory until this one ends.
+
+    Raises:
+        UserError: for ``key``, another process is working there.
+    """
+    if folder.resolve() in _LOCKED:
+        return
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _LOCKED[folder.resolve()] = handle
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(key, f"another process is working in {folder}", "wait, or choose another name") from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+
+
 class RunDirectory:
     """Paths and small records of one run. Only the main process writes; every process may read."""
 
@@ -106,7 +125,8 @@ class RunDirectory:
             raise UserError(
                 "run.output_dir", f"{self.path}: {error.strerror}", "choose a folder that can be written"
             ) from error
-        self._lock()
+        if self.main:
+            lock(self.path, "run.name")
         stored, changed = self.path / "config.yaml", {}
         if stored.exists():
             changed = _changes(OmegaConf.load(stored), config)
@@ -120,21 +140,6 @@ class RunDirectory:
                 self.path / "environment.json", {"versions": versions(), "hardware": hardware(), "command": command}
             )
             self.record(started=timestamp())
-
-    def _lock(self) -> None:
-        """Keeps a second process out of the directory, until this one ends."""
-        if not self.main or self.path.resolve() in _LOCKED:
-            return
-        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_WRONLY, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _LOCKED[self.path.resolve()] = handle
-        except BlockingIOError as error:
-            raise UserError(
-                "run.name", f"another process is working in {self.path}", "wait, or choose another name"
-            ) from error
-        except OSError:  # a file system without locks
-            return
 
     def progress(self) -> dict[str, Any]:
         """What was recorded so far: start time, seconds per stage."""

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -281,6 +282,25 @@ def release(
         told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}
         write_json(directory.model / SIDECAR, told)  # last: its presence says that training is complete
     accelerator.wait_for_everyone()
+    return facts
+
+
+def checkpoint_pipeline(config: SimpleNamespace, directory: RunDirectory, step: int, folder: Path) -> dict[str, Any]:
+    """Writes the averaged weights of one checkpoint as the pipeline that would have been released then; one process calls it.
+
+    Returns:
+        The facts of the run as of that step, which are also the new pipeline's sidecar.
+    """
+    facts = json.loads((directory.path / RECORD).read_text())
+    saved = directory.checkpoints / f"step-{step}"
+    model = build_model(config, facts["classes"])
+    for part in ("model", "ema"):  # the averages are of the parameters alone, buffers come from the model
+        model.load_state_dict(load_file(saved / f"{part}.safetensors"), strict=False)
+    save_pipeline(folder, model.eval(), noise_schedule(config.train.diffusion))
+    counters = json.loads((saved / "state.json").read_text())
+    facts |= {"steps": step, "released_step": step, "images_seen": counters["images_seen"], "stopped_by": None}
+    facts |= {"train_seconds": counters["seconds"]}
+    write_json(folder / SIDECAR, facts)
     return facts
 
 

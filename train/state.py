@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from defenses.errors import UserError
-from train.diffusion import DiffusionConfig
+from train.diffusion import DiffusionConfig, native_precision
 from train.optim import OptimizerConfig
 
 
@@ -23,7 +23,9 @@ class TrainConfig:
     batch_size: int = 64  # images per optimizer step, over all processes and accumulation
     accumulation: int = 1  # micro-batches per process and step
     learning_rate: float = 1e-3
-    precision: str = "bf16"  # bf16 or fp32 arithmetic; weights stay float32
+    precision: str = (
+        "auto"  # bf16 or fp32 arithmetic; weights stay float32. auto: bf16 where the machine has it in hardware
+    )
     ema_decay: float = 0.999  # of the averaged weights, which are what is saved, sampled and attacked
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int | None = 2  # older ones are removed; null keeps all
@@ -40,11 +42,13 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulation", "log_every", "preview_count", "heldout_records"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if self.precision == "auto":
+            self.precision = native_precision()
         if self.precision not in ("bf16", "fp32"):
             raise UserError(
                 "train.precision",
                 f"{self.precision} is not offered: fp16 needs loss scaling, which skips steps by what it sees in the data",
-                "bf16 or fp32",
+                "auto, bf16 or fp32",
             )
         for key in ("checkpoint_every", "preview_every", "heldout_every"):
             if getattr(self, key) < 0:

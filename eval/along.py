@@ -1,0 +1,58 @@
+"""Privacy and quality along training: the attack on earlier checkpoints, with the samples, the sampler and the rules of the end."""
+
+import json
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import Accelerator
+
+from defenses.ranks import on_main
+from eval import samples
+from eval.measure import attack, quality_of
+from eval.target import Target, timed
+from train.checkpoint import all_steps
+from train.files import write_json
+from train.stage import checkpoint_pipeline
+
+# What is kept of ``privacy.extraction``: the settings and the sampler are those of the report itself.
+KEPT = ("generations", "candidates", "verified", "verified_units", "rate", "rate_ci95", "at_l2", "control", "by_copies")
+
+
+def along_training(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Figures of the checkpoints in ``report.along`` other than the released one, ascending by step.
+
+    A step that training did not reach, because a defense ended it, is left out. What is finished stays in
+    ``along/step-N/figures.json``; generated images and weights of a step are removed when it is.
+    """
+    if not config.report.along:
+        return []
+    steps = on_main(accelerator, lambda: all_steps(target.run.checkpoints))
+    wanted = [step for step in sorted(config.report.along) if step in steps and step != target.facts["released_step"]]
+    return [_figures(target, config, step, accelerator) for step in wanted]
+
+
+def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Accelerator) -> dict[str, Any]:
+    folder = target.output.path / "along" / f"step-{step}"
+    done = folder / "figures.json"
+    if on_main(accelerator, done.exists):
+        return json.loads(done.read_text())
+    model, generations = folder / "model", folder / "generations"
+    with timed(target.output, "along_seconds", accelerator):
+        facts = on_main(accelerator, lambda: checkpoint_pipeline(config, target.run, step, model))
+        shape = (config.data.channels, config.data.image_size, config.data.image_size)
+        source = samples.load(model, config.generate, config.run.seed, shape, accelerator.device)
+        samples.generate(source, generations, config.generate, [], config.run.seed, accelerator)
+        images = samples.find(generations, config.data.image_size, config.data.channels)
+        extraction = None
+        if config.attack.extraction is not None:
+            report = attack(images, target.dataset, config, accelerator).report
+            extraction = {key: report[key] for key in KEPT}
+        utility = quality_of(images, target.dataset, config, accelerator)
+    result = {"step": step, "images_seen": facts["images_seen"], "extraction": extraction, "utility": utility}
+    if accelerator.is_main_process:
+        write_json(done, result)
+        shutil.rmtree(model)
+        shutil.rmtree(generations)
+    accelerator.wait_for_everyone()
+    return result

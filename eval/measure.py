@@ -1,0 +1,86 @@
+"""The same attack and the same quality figures for any set of generations: released model, guard off, earlier checkpoints."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from defenses.errors import UserError
+from eval import samples
+from eval.correlation import by_correlation
+from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
+from eval.extraction import Extraction, check_tier, untargeted
+from eval.prompted import prompted
+from eval.quality import measure
+from eval.target import pictures_of
+from train.data import Dataset
+
+
+def attack(
+    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
+) -> Extraction:
+    """The extraction attack in the protocol that fits: prompted where generations are grouped by prompt."""
+    settings = config.attack.extraction
+    training, heldout = pictures_of(dataset, "train"), pictures_of(dataset, "heldout")
+    size, channels = config.data.image_size, config.data.channels
+    options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
+    protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
+    if protocol == "prompted":
+        if not images.prompted:
+            raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
+        sizes = [len(files) for _, files in images.groups]
+        check_tier(settings, sum(sizes), len(sizes), min(sizes))
+        groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
+        return prompted(groups, training, heldout, settings, accelerator, **options)
+    names = [name for _, files in images.groups for name in files]
+    check_tier(settings, len(names))
+    generations = images.read(names, size, channels)
+    found = untargeted(generations, training, heldout, settings, accelerator, names=names, **options)
+    calibration = pictures_of(dataset, "calibration")
+    found.report["by_correlation"] = by_correlation(generations, training, heldout, calibration, accelerator)
+    return found
+
+
+def quality_of(
+    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
+) -> dict[str, Any] | None:
+    """Image quality against held-out pictures; None where there are none."""
+    rows = dataset.rows("heldout")
+    if not len(rows):
+        return None
+    return measure(
+        _read(images, config),
+        dataset.images[rows],
+        config.utility,
+        accelerator.device,
+        config.run.seed,
+        accelerator=accelerator,
+    )
+
+
+def downstream_of(
+    images: samples.Generations,
+    dataset: Dataset,
+    classes: list[str] | None,
+    config: SimpleNamespace,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Use for a classifier, or why it was not measured.
+
+    Args:
+        classes: labels that the model was conditioned on; none for other models.
+    """
+    if config.utility.downstream is None:
+        return not_measured("it is switched off (utility.downstream)")
+    if not classes:
+        return not_measured("the generations have no known classes")
+    names = [name for _, files in images.groups for name in files]
+    labelled = Labelled(_read(images, config), labels_of_generations(images.folder, names, len(classes)))
+    return measure_downstream(labelled, dataset, classes, config.utility.downstream, accelerator)
+
+
+def _read(images: samples.Generations, config: SimpleNamespace) -> np.ndarray:
+    names = [name for _, files in images.groups for name in files]
+    return images.read(names, config.data.image_size, config.data.channels)

@@ -1,0 +1,163 @@
+"""A finished run under a defense that works after training, as if it had been on from the start.
+
+Early stopping only looks at checkpoints, an output filter only at generations: whoever kept the checkpoints need not train again.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+
+from defenses.base import CheckpointView, Defense, Verdict
+from defenses.errors import UserError
+from defenses.ranks import on_main
+from eval.target import Target, target_of
+from train.checkpoint import all_steps
+from train.data import Dataset
+from train.files import write_json
+from train.models import memory_format
+from train.monitor import sample_on_all_ranks
+from train.records import pool_of
+from train.runlog import RunDirectory
+from train.stage import RECORD, SIDECAR, begin, checkpoint_pipeline, describe, sampling_frequency
+
+
+def added(directory: RunDirectory, config: SimpleNamespace, defenses: list[Defense]) -> list[Defense]:
+    """Those of ``defenses`` that the run was trained without, or with other settings."""
+    known = json.loads((directory.path / RECORD).read_text())["defenses"]
+    settings = {entry["name"]: entry["settings"] for entry in known}
+    return [each for each in defenses if settings.get(each.name) != describe(each, config)["settings"]]
+
+
+def replayed(
+    directory: RunDirectory, output: RunDirectory, config: SimpleNamespace, accelerator: Accelerator
+) -> Target:
+    """The run as something to evaluate, with the model that the added defenses would have released in ``output/model``.
+
+    Raises:
+        UserError: a defense refuses the run, or wants a checkpoint that was removed.
+    """
+    target = target_of(directory, output, config)
+    new = added(directory, config, target.defenses)
+    if not new:
+        return target
+    restore_kept(target.dataset, directory.manifest)
+    begin(config, target.dataset, directory, accelerator, new)
+    listeners = [each for each in new if type(each).after_checkpoint is not Defense.after_checkpoint]
+    outcome = ask(listeners, directory, output, config, target.dataset, accelerator)
+    facts = on_main(accelerator, lambda: write_model(directory, output, config, new, outcome))
+    target.pipeline, target.facts = output.model, facts
+    return target
+
+
+def restore_kept(dataset: Dataset, manifest: Path) -> None:
+    """Takes out what the defenses of the run took out before training."""
+    with manifest.open(newline="") as file:
+        kept = {row["record_id"]: row["kept"] == "true" for row in csv.DictReader(file)}
+    for record in dataset.records:
+        record.kept = kept[record.record_id]
+
+
+@dataclass
+class Outcome:
+    """What the defenses at seam 5 decided: who ended training at which step, and the step to release; None: nothing."""
+
+    stopped_by: str | None = None
+    stop: int | None = None
+    release: int | None = None
+
+
+def ask(
+    listeners: Sequence[Defense],
+    directory: RunDirectory,
+    output: RunDirectory,
+    config: SimpleNamespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+) -> Outcome:
+    """Shows the checkpoints to seam 5 in order, as the training loop would have."""
+    outcome = Outcome()
+    steps = on_main(accelerator, lambda: all_steps(directory.checkpoints)) if listeners else []
+    expected = range(config.train.checkpoint_every, config.train.steps, config.train.checkpoint_every or 1)
+    if listeners and not set(expected) <= set(steps):
+        raise UserError(
+            f"defenses.{listeners[0].name}",
+            f"{directory.path} kept only the checkpoints of steps {', '.join(map(str, steps))}",
+            "train again with train.keep_checkpoints=null, or with the defense switched on",
+        )
+    for step in steps:
+        view = view_of(step, directory, output, config, dataset, accelerator)
+        for defense in listeners:
+            mine = defense.after_checkpoint(view)  # every rank looks, the main process decides
+            verdict = on_main(accelerator, lambda mine=mine: mine) or Verdict()
+            outcome.release = verdict.release_step or outcome.release
+            if verdict.stop:
+                outcome.stopped_by, outcome.stop = defense.name, step
+        if outcome.stop is not None:
+            break
+    return outcome
+
+
+def view_of(
+    step: int,
+    directory: RunDirectory,
+    output: RunDirectory,
+    config: SimpleNamespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+) -> CheckpointView:
+    """What the defense would have seen after this checkpoint: the same images from the same weights."""
+    folder = output.path / "replay"
+    on_main(accelerator, lambda: checkpoint_pipeline(config, directory, step, folder))
+    device = accelerator.device
+    model = UNet2DModel.from_pretrained(
+        folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+    )
+    model = model.to(device, memory_format=memory_format(device)).eval()
+    schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder)
+    classes = json.loads((directory.path / RECORD).read_text())["classes"]
+    frequency = sampling_frequency(config, dataset, [], classes)
+
+    @torch.no_grad()
+    def draw(indices: Sequence[int]) -> torch.Tensor:
+        return sample_on_all_ranks(config, model, schedule, frequency, indices, accelerator)
+
+    return CheckpointView(step, draw, pool_of(dataset, config.run.seed), dataset.rows("calibration"))
+
+
+def write_model(
+    directory: RunDirectory,
+    output: RunDirectory,
+    config: SimpleNamespace,
+    new: list[Defense],
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """The pipeline that is released now, with the facts that training would have recorded."""
+    facts = json.loads((directory.path / RECORD).read_text())
+    ended, chosen = outcome.stop or facts["steps"], outcome.release or facts["released_step"]
+    if (ended, chosen) == (facts["steps"], facts["released_step"]):
+        shutil.copytree(directory.model, output.model, dirs_exist_ok=True)
+        written = dict(facts)
+    else:
+        written = checkpoint_pipeline(config, directory, chosen, output.model)
+        counters = json.loads((directory.checkpoints / f"step-{ended}" / "state.json").read_text())
+        written |= {"steps": ended, "images_seen": counters["images_seen"], "train_seconds": counters["seconds"]}
+        written |= {"stopped_by": outcome.stopped_by}
+    names = {each.name for each in new}
+    entries = [entry for entry in facts["defenses"] if entry["name"] not in names]
+    written |= {"defenses": entries + [describe(each, config) for each in new]}
+    written |= {"defense_states": facts["defense_states"] | {each.name: each.state_dict() for each in new}}
+    write_json(output.path / RECORD, written)
+    write_json(output.model / SIDECAR, written)
+    return written

@@ -1,0 +1,320 @@
+"""A comparison as a plan: which arms there are, what each runs, and which of them share a training."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from defenses.errors import UserError
+from defenses.registry import CLASSES
+from eval.comparison import UtilityFloor
+from eval.config import SECTIONS as EVAL_SECTIONS
+from eval.config import check
+from train import cli
+from train import config as configuration
+
+SECTIONS = {**configuration.SECTIONS, **EVAL_SECTIONS}
+OWN_KEYS = ("run.name", "run.seed", "run.output_dir")  # set by the comparison
+MEASURED_ALIKE = ("generate", "attack", "utility")  # sections in which no arm may differ from the others
+NO_TRAINING = (
+    "run.name",
+    "run.output_dir",
+    "run.cpu_threads",
+    "train.trackers",
+    "generate",
+    "attack",
+    "utility",
+    "report",
+)
+LATER = [name for name, kind in CLASSES.items() if kind.after_training]  # defenses that need no training of their own
+
+
+@dataclass(kw_only=True)
+class FactorConfig:
+    """One setting that is varied; every value is an arm, named after it."""
+
+    key: str = "???"  # dotted, e.g. data.phantom.copies
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    """How the processes of an arm are started."""
+
+    config_file: str | None = (
+        "launch/accelerate/cpu.yaml"  # of Accelerate, relative to the repository; null: Accelerate's own
+    )
+    processes: int | None = None  # per arm; null: as the file says
+    parallel: int = 1  # arms that run side by side
+    gpus: list[int] = field(default_factory=list)  # shared out among arms that run side by side; []: all for every arm
+
+    def __post_init__(self):
+        for key, value in (("processes", self.processes), ("parallel", self.parallel)):
+            if value is not None and value < 1:
+                raise UserError(f"launcher.{key}", f"{value} is less than 1", "take a positive number")
+        if self.gpus and len(self.gpus) % self.parallel:
+            raise UserError(
+                "launcher.gpus",
+                f"{len(self.gpus)} GPUs cannot be shared out among {self.parallel} arms",
+                "change either",
+            )
+        if self.config_file is not None and not (cli.ROOT / self.config_file).is_file():
+            raise UserError("launcher.config_file", f"{self.config_file} does not exist", "see launch/accelerate/")
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """A comparison: a base configuration, arms as overrides of it, seeds."""
+
+    name: str = "???"  # folder inside output_dir
+    output_dir: str = "runs"
+    base: str = "???"  # a run's YAML, relative to the comparison's own file
+    overrides: list[str] = field(default_factory=list)  # key=value for every arm
+    arms: dict[str, list[str]] = field(default_factory=dict)  # name -> key=value
+    factor: FactorConfig | None = None  # vary one setting instead of naming arms
+    seeds: list[int] = field(default_factory=lambda: [0, 1])  # run.seed of every arm, one training each
+    reference: str | None = None  # arm that the others are held against; null: the first
+    floor: UtilityFloor = field(default_factory=UtilityFloor)  # arms below this utility are "not comparable"
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    select: str | None = None  # arm to export, ready to use, from a finished comparison
+
+    def __post_init__(self):
+        for name in (self.name, *self.arms):
+            plain = (
+                name and Path(name).name == name and name[0] not in ".-" and not set(name) & set(" \t\n/\\'\"$*?[]{}=,")
+            )
+            if not plain and name != "???":
+                raise UserError(
+                    "arms" if name in self.arms else "name",
+                    f"{name!r} is not a plain folder name",
+                    "use letters, digits, - and _",
+                )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("seeds", f"{self.seeds} are not distinct seeds", "e.g. [0, 1, 2]")
+        if (self.factor is None) == (not self.arms):
+            raise UserError("arms", "and factor exclude each other, and one is needed", "give either")
+        if self.factor is not None and len({str(value) for value in self.factor.values}) < 2:
+            raise UserError("factor.values", f"{self.factor.values} has no two different values", "e.g. [1, 4, 16]")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One training, or one evaluation of a training under a defense that needs none of its own.
+
+    Attributes:
+        config: typed sections of the arm's run.
+        parent: job whose training this one uses, or None.
+        command: what starts it, without the launcher.
+    """
+
+    arm: str
+    seed: int
+    config: SimpleNamespace
+    directory: Path
+    manifest: Path
+    command: list[str]
+    parent: "Job | None" = None
+
+    @property
+    def done(self) -> bool:
+        return (self.directory / "report.json").exists()
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """All that a comparison runs. ``jobs`` are in an order in which parents come first."""
+
+    config: CompareConfig
+    tree: DictConfig
+    folder: Path
+    overrides: dict[str, list[str]]  # arm -> its own overrides
+    levels: dict[str, Any]  # arm -> value of the varied factor; empty without one
+    jobs: list[Job]
+
+    @property
+    def reference(self) -> str:
+        return self.config.reference or next(iter(self.overrides))
+
+    def of(self, arm: str) -> list[Job]:
+        return [job for seed in self.config.seeds for job in self.jobs if (job.arm, job.seed) == (arm, seed)]
+
+
+def read(file: Path, given: Sequence[str]) -> tuple[DictConfig, CompareConfig, list[str]]:
+    """The comparison's own settings, and the overrides that are for every arm.
+
+    A key of a run's section (``data.source=…``) goes to every arm, any other to the comparison.
+    """
+    for_runs = [text for text in given if text.partition("=")[0].split(".")[0] in SECTIONS]
+    for key in (text.partition("=")[0] for text in for_runs):
+        if key in OWN_KEYS:
+            raise UserError(key, "is set by the comparison", "use name, seeds or output_dir")
+    tree = configuration.merge(
+        OmegaConf.structured(CompareConfig), file, [text for text in given if text not in for_runs]
+    )
+    config = configuration.objects(OmegaConf.create({"comparison": tree})).comparison
+    return tree, config, for_runs
+
+
+def plan(file: Path, given: Sequence[str]) -> Plan:
+    """Reads and checks the whole comparison before any work.
+
+    Raises:
+        UserError: any arm's configuration is wrong, two arms would be measured differently, a file is missing.
+    """
+    tree, config, for_runs = read(file, given)
+    base = (file.parent / config.base).resolve()
+    if not base.is_file():
+        raise UserError(
+            "base", f"{config.base} does not exist beside {file}", "give a run's YAML, relative to this file"
+        )
+    levels = (
+        {f"{config.factor.key.rsplit('.', 1)[-1]}-{value}": value for value in config.factor.values}
+        if config.factor
+        else {}
+    )
+    arms = {name: [f"{config.factor.key}={value}"] for name, value in levels.items()} if config.factor else config.arms
+    if config.reference is not None and config.reference not in arms:
+        raise UserError("reference", f"{config.reference} is not an arm", f"one of {', '.join(arms)}")
+    folder = Path(config.output_dir) / config.name
+    jobs = []
+    for name, own in arms.items():
+        for seed in config.seeds:
+            jobs.append(_job(name, seed, base, [*config.overrides, *for_runs, *own], folder))
+    _share(jobs)
+    _check_alike(jobs, config)
+    jobs.sort(key=lambda job: job.parent is not None)  # stable: trainings first, in the order of the arms
+    return Plan(config=config, tree=tree, folder=folder, overrides=arms, levels=levels, jobs=jobs)
+
+
+def _job(arm: str, seed: int, base: Path, overrides: list[str], folder: Path) -> Job:
+    name = f"{arm}-s{seed}"
+    given = [*overrides, f"run.name={name}", f"run.seed={seed}", f"run.output_dir={folder}"]
+    try:
+        config = configuration.objects(configuration.load(SECTIONS, base, given))
+        check(config)
+    except UserError as error:
+        raise UserError(f"arms.{arm}: {error.key}", error.problem, error.remedy) from error
+    command = ["train/run.py", "--config", _short(base), *given]
+    return Job(
+        arm=arm,
+        seed=seed,
+        config=config,
+        directory=folder / name,
+        manifest=folder / name / "manifest.csv",
+        command=command,
+    )
+
+
+def _short(path: Path) -> str:
+    """Relative to the repository where it lies inside, so that a command can be given on another machine."""
+    return str(path.relative_to(cli.ROOT)) if path.is_relative_to(cli.ROOT) else str(path)
+
+
+def _share(jobs: list[Job]) -> None:
+    """Arms that differ only in defenses that work after training use the training of the arm without them."""
+    pure = {_training_key(job): job for job in reversed(jobs) if not _later(job)}
+    for job in jobs:
+        parent = pure.get(_training_key(job))
+        if parent is None or parent is job or not _later(job):
+            continue
+        job.parent, job.manifest = parent, parent.manifest
+        job.directory = parent.directory / "eval" / job.arm
+        own = [text for text in job.command if text.startswith(tuple(f"defenses.{name}" for name in LATER))]
+        job.command = ["eval/run.py", f"run_dir={parent.directory}", f"run.name={job.arm}", *own]
+
+
+def _later(job: Job) -> list[str]:
+    return [name for name in LATER if getattr(job.config.defenses, name) is not None]
+
+
+def _training_key(job: Job) -> str:
+    """Equal for two jobs whose trainings give the same weights."""
+    leaves = {key: value for key, value in _leaves(job.config).items() if not key.startswith(NO_TRAINING)}
+    leaves["report.nonprivate_metrics"] = job.config.report.nonprivate_metrics
+    return json.dumps(
+        {k: v for k, v in leaves.items() if k.split(".")[:2] not in [["defenses", n] for n in LATER]}, sort_keys=True
+    )
+
+
+def _leaves(config: SimpleNamespace) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        if isinstance(value, dict) and value:
+            for name, child in value.items():
+                walk(child, f"{prefix}.{name}".lstrip("."))
+        else:
+            found[prefix] = value
+
+    walk(
+        OmegaConf.to_container(
+            OmegaConf.create({name: OmegaConf.structured(part) for name, part in vars(config).items()})
+        ),
+        "",
+    )
+    return found
+
+
+def _check_alike(jobs: list[Job], config: CompareConfig) -> None:
+    """Refuses arms that would be measured differently: their difference would not be the defense's."""
+    factor = config.factor.key if config.factor else None
+    first = _leaves(jobs[0].config)
+    sections = MEASURED_ALIKE if factor else (*MEASURED_ALIKE, "data", "train.steps", "train.batch_size", "model")
+    for job in jobs[1:]:
+        leaves = _leaves(job.config)
+        for key in sorted(first.keys() | leaves.keys()):
+            free = key == factor or (config.arms and key.startswith("model.family"))
+            if not free and key.startswith(sections) and first.get(key) != leaves.get(key):
+                raise UserError(
+                    f"arms.{job.arm}: {key}",
+                    f"is {leaves.get(key)}, {first.get(key)} in {jobs[0].arm}: the arms could not be compared",
+                    "set it for all arms in overrides",
+                )
+
+
+def launcher(config: LauncherConfig, slot: int = 0) -> tuple[list[str], dict[str, str]]:
+    """What comes before an arm's command, and what is set in its environment."""
+    environment = {}
+    if config.gpus:
+        share = len(config.gpus) // config.parallel
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus[slot * share : (slot + 1) * share]))
+    if (
+        _on_cpu(config) and (config.processes or 1) > 1
+    ):  # accelerate starts several processes without GPUs only through MPI
+        environment["ACCELERATE_USE_CPU"] = "true"
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(config.processes),
+        ], environment
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    words += ["--config_file", config.config_file] if config.config_file else []
+    words += ["--num_processes", str(config.processes)] if config.processes else []
+    words += ["--main_process_port", "0"] if config.parallel > 1 and not _on_cpu(config) else []  # a free one
+    return words, environment
+
+
+def _on_cpu(config: LauncherConfig) -> bool:
+    return config.config_file is not None and bool(OmegaConf.load(cli.ROOT / config.config_file).get("use_cpu"))
+
+
+def shown(config: LauncherConfig, job: Job) -> str:
+    """The command that reproduces a job, as a person would give it."""
+    words, environment = launcher(config)
+    program = {"accelerate.commands.launch": ["accelerate", "launch"], "torch.distributed.run": ["torchrun"]}[words[2]]
+    before = [f"{key}={value}" for key, value in environment.items() if key != "CUDA_VISIBLE_DEVICES"]
+    return " ".join([*before, shlex.join([*program, *words[3:], *job.command])])

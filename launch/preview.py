@@ -1,0 +1,124 @@
+"""``--dry-run`` of a comparison: the whole plan, and what it will cost, measured by a few steps of every training on this machine."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from defenses import registry
+from eval.wording import duration
+from launch.plan import Job, Plan, shown
+from train import cli
+from train.data import prepare
+from train.dryrun import disk_bytes, gib, masked
+from train.loop import Trainer
+from train.records import class_names, select_records
+from train.runlog import RunDirectory
+from train.sampling import sample
+from train.stage import build_trainer
+
+TIMED_STEPS = 2  # optimizer steps that are timed, after one that warms up
+SAMPLED = 8, 2  # images and steps of the sampling that is timed
+
+
+@dataclass
+class Cost:
+    """Of one training with its evaluation, on one process of this machine."""
+
+    step_seconds: float
+    forward_seconds: float  # of the network, per image
+    disk_bytes: int
+
+
+def show(whole: Plan) -> int:
+    """Prints arms, trainings that are shared, what is done already, commands, expected time and disk; returns 0."""
+    print(OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(whole.tree, resolve=True)))))
+    first = whole.jobs[0].config
+    accelerator = cli.start(first)
+    costs = {
+        job.arm: measure(job, accelerator)
+        for job in whole.jobs
+        if job.parent is None and job.seed == whole.config.seeds[0]
+    }
+    total, disk = 0.0, 0
+    for job in whole.jobs:
+        cost = costs[job.parent.arm if job.parent else job.arm]
+        seconds = expected_seconds(job, cost)
+        state = "done" if job.done else "to do"
+        use = f"uses the training of {job.parent.label}" if job.parent else "trains"
+        print(f"{job.label}: {use}, {state}, about {duration(seconds)}\n  {shown(whole.config.launcher, job)}")
+        if not job.done:
+            total, disk = total + seconds, disk + (cost.disk_bytes if job.parent is None else 0)
+    trainings = sum(job.parent is None for job in whole.jobs)
+    print(
+        f"{len(whole.overrides)} arms x {len(whole.config.seeds)} seeds: {len(whole.jobs)} results from {trainings} trainings"
+    )
+    print(
+        f"still to do: about {duration(total / whole.config.launcher.parallel / (whole.config.launcher.processes or 1))}, "
+        f"{gib(disk)} in {whole.folder} ({gib(shutil.disk_usage(existing(whole.folder)).free)} free)"
+    )
+    print(
+        "(timed by a few steps of one process here; copy search, attack and what defenses draw for themselves come on top)"
+    )
+    return 0
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
+
+
+def expected_seconds(job: Job, cost: Cost) -> float:
+    """Training, and the images of every checkpoint that is attacked."""
+    generate, later = job.config.generate, len(job.config.report.along) if job.parent is None else 0
+    images = generate.count * generate.steps * (1 + later) * cost.forward_seconds
+    return images + (cost.step_seconds * job.config.train.steps if job.parent is None else 0.0)
+
+
+def measure(job: Job, accelerator: Accelerator) -> Cost:
+    """Builds the arm in a folder that is removed again, and times a few steps."""
+    config = job.config
+    folder = tempfile.mkdtemp(prefix="deffuse-compare-")
+    try:
+        directory = RunDirectory(replace(config.run, output_dir=folder))
+        directory.path.mkdir(parents=True)
+        dataset = prepare(config.data, directory.prepared, accelerator)
+        defenses = registry.build(config.defenses)
+        select_records(config, dataset, defenses, accelerator)
+        trainer = build_trainer(
+            config, dataset, directory, accelerator, defenses, class_names(dataset, config.data.label_key)
+        )
+        return Cost(
+            step_seconds(trainer), forward_seconds(trainer, config), disk_bytes(config, dataset, trainer.state.model)
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def step_seconds(trainer: Trainer) -> float:
+    trainer.step()
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        trainer.step()
+    return (time.perf_counter() - started) / TIMED_STEPS
+
+
+def forward_seconds(trainer: Trainer, config: SimpleNamespace) -> float:
+    count, steps = SAMPLED
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    classes = trainer.state.model.config.num_class_embeds
+    labels = torch.zeros(count, dtype=torch.int64) if classes else None
+    options = replace(config.generate, steps=steps)
+    sample(trainer.state.model, trainer.schedule.config, options, range(count), shape, seed=0, labels=labels)
+    started = time.perf_counter()
+    sample(
+        trainer.state.model, trainer.schedule.config, options, range(count), shape, seed=0, labels=labels,
+        precision=config.generate.precision,
+    )  # fmt: skip
+    return (time.perf_counter() - started) / (count * steps)
