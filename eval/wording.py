@@ -181,7 +181,7 @@ def not_measured(report: dict[str, Any]) -> list[str]:
         missing.append("No control: there were no held-out pictures, so chance resemblance was not measured.")
     elif extraction["control"]["p_value"] is None:
         missing.append("No p-value: the held-out pictures are not exchangeable with the training pictures.")
-    missing.append(_tier(extraction))
+    missing.append(tier_sentence(extraction))
     missing.append(
         f"Spread: the result holds for this one model and {extraction['generations']:,} generations. "
         "Other seeds, longer training or more generations can leak more."
@@ -194,7 +194,7 @@ def distance_name(features: str | None) -> str:
     return "FID" if features == "inception" else f"Fréchet distance ({features} features)"
 
 
-def _tier(extraction: dict[str, Any]) -> str:
+def tier_sentence(extraction: dict[str, Any]) -> str:
     tier, column = extraction.get("tier"), 1 if extraction["protocol"] == "prompted" else 0
     names = list(TIERS)
     if tier == names[-1]:

@@ -1,0 +1,80 @@
+"""Whether reports can be compared: the same data, split, attack, sampler and features, or a refusal that names the field."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from defenses.errors import UserError
+from eval.arms import Arm, Outcome, lookup
+
+# Field of report.json -> section of the configuration that decides it: a comparison that varies a key of that section may
+# differ in it. Where the data lie (data.source) may differ; that they are the same is seen in the manifests.
+FIELDS = {
+    **{f"data.{name}": "data" for name in "found rejected train calibration heldout clusters units unit".split()},
+    "privacy.extraction.protocol": "attack",
+    "privacy.extraction.settings": "attack",
+    "privacy.extraction.tier": "generate",
+    "privacy.extraction.generations": "generate",
+    "privacy.extraction.sampler": "generate",
+    **{f"utility.{name}": "utility" for name in "features features_dim weights_sha256 reference".split()},
+    "utility.n_reference": "data",
+    "utility.downstream.settings": "utility",
+}
+FOLLOWS_FROM_DATA = "privacy.extraction.settings.n_effective"  # neighbours that there are
+# what the attack met, not what it was told
+MEASURED = {f"privacy.extraction.settings.{name}" for name in ("inexact_cliques", "generations_per_prompt")}
+# compared only where both have it: other families have no sampler, and a classifier can fail in one arm
+OPTIONAL = ("privacy.extraction.sampler", "utility.downstream.settings")
+
+
+def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> None:
+    """Refuses a comparison of things that were not measured alike.
+
+    Args:
+        arms: every arm with its outcomes; the first one that is done is what the others are held against.
+        factor: dotted key that the comparison varies: what its section decides may differ between arms, not within one.
+
+    Raises:
+        UserError: names the field, and the two arms with their values.
+    """
+    done = [(arm, outcome) for arm, outcomes in arms for outcome in outcomes if outcome.report is not None]
+    varied = factor.partition(".")[0] if factor else None
+    first: dict[str, tuple[Arm, Outcome]] = {}
+    for arm, outcome in done:
+        own = first.setdefault(arm.name, (arm, outcome))
+        _compare(own, (arm, outcome), None)
+        _compare(done[0], (arm, outcome), varied)
+
+
+def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str | None) -> None:
+    mine, theirs = (_facts(outcome, varied) for _, outcome in (one, other))
+    for path in [*mine, *(path for path in theirs if path not in mine)]:
+        values = mine.get(path), theirs.get(path)
+        if values[0] != values[1] and not (path.startswith(OPTIONAL) and None in values):
+            raise _refusal(path, one, other, values)
+    records = one[1].training.records, other[1].training.records
+    if varied != "data" and records[0] is not records[1] and records[0] != records[1]:
+        differing = {key for key in records[0].keys() | records[1].keys() if records[0].get(key) != records[1].get(key)}
+        raise _refusal("manifest.csv", one, other, tuple(records[i].get(min(differing)) for i in range(2)))
+
+
+def _facts(outcome: Outcome, varied: str | None) -> dict[str, Any]:
+    """Fields that must agree, settings one by one. Where an output filter withheld images, the attack without it counts."""
+    report = outcome.report
+    if outcome.guarded:
+        privacy = report["privacy"]
+        report = report | {"privacy": privacy | {"extraction": privacy["extraction_guard_off"]}}
+    found = {}
+    for path, section in FIELDS.items():
+        if section != varied:
+            value = lookup(report, path)
+            found |= (
+                {f"{path}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {path: value}
+            )
+    ignored = MEASURED | ({FOLLOWS_FROM_DATA} if varied == "data" else set())
+    return {path: value for path, value in found.items() if path not in ignored}
+
+
+def _refusal(field: str, one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], values: Iterable[Any]) -> UserError:
+    sides = [f"arm {arm.name} (seed {outcome.run.seed})" for arm, outcome in (one, other)]
+    had = [f"{side} has {value!r}" for side, value in zip(sides, values, strict=True)]
+    return UserError(field, ", ".join(had), "only what was measured alike can be compared: run one of them again")

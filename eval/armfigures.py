@@ -1,0 +1,52 @@
+"""Figures of runs, as the parts of a comparison pick them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from eval.arms import Arm, Outcome, lookup
+from eval.pairedtests import t_interval
+
+EXTRACTION = "privacy.extraction"
+VERIFIED = f"{EXTRACTION}.verified"
+METRICS = ("kid", "fid", "precision", "recall")
+GUARD_OFF = ("generations", "candidates", "verified", "verified_units", "rate")
+
+Loaded = list[tuple[Arm, list[Outcome]]]  # every arm with what its runs gave
+
+
+def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
+    figures = {name: lookup(point, f"extraction.{name}") for name in ("verified", "candidates", "rate")}
+    figures |= {"control": lookup(point, "extraction.control.verified")}
+    return (
+        {"step": point["step"], "images_seen": point["images_seen"]}
+        | figures
+        | {metric: lookup(point, f"utility.{metric}") for metric in METRICS}
+    )
+
+
+def guard_off(report: dict[str, Any]) -> dict[str, Any]:
+    """What leaks where the output filter is switched off, that is, what leaks from the weights."""
+    extraction = report["privacy"]["extraction_guard_off"]
+    return (
+        {name: extraction.get(name) for name in GUARD_OFF}
+        | {"control": lookup(extraction, "control.verified"), "by_copies": extraction.get("by_copies")}
+        | {metric: lookup(report, f"utility.guard_off.{metric}") for metric in METRICS}
+    )
+
+
+def done_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.report is not None]
+
+
+def values_of(outcomes: list[Outcome], path: str) -> list[float | None]:
+    return [outcome.values.get(path) for outcome in outcomes]
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    return t_interval([value for value in values if value is not None])["mean"]
+
+
+def common(reports: list[dict[str, Any]], path: str) -> Any:
+    """Value that all reports have at this path, else None."""
+    found = [lookup(report, path) for report in reports]
+    return found[0] if found and all(value == found[0] for value in found) else None

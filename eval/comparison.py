@@ -1,0 +1,172 @@
+"""comparison.json: what each arm leaks, what it is good for and what it costs, against one reference arm.
+
+Every number of a run is a copy of one in its report.json; all others are computed here from them.
+"""
+
+import math
+from typing import Any
+
+from defenses.errors import UserError
+from eval.alike import check_alike
+from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off
+from eval.arms import Arm, ArmRun, Outcome, UtilityFloor, lookup, read_outcomes
+from eval.comparisonwords import not_measured
+from eval.contrasts import adjust, comparability, front, level_of, matched, trend, versus
+from eval.pairedtests import t_interval
+
+__all__ = ["Arm", "ArmRun", "UtilityFloor", "assemble"]
+
+NO_MEAN = ("p_value", "_std", "_ci95")  # endings of figures whose mean over seeds means nothing
+NEVER_NEGATIVE = (
+    f"{EXTRACTION}.",
+    "cost.",
+    "utility.fid",
+    "utility.precision",
+    "utility.recall",
+    "utility.downstream.",
+)
+SHARES = ("rate", "precision", "recall", "accuracy", "macro_auc", "background", "most_frequent")
+
+
+def assemble(
+    arms: list[Arm], *, name: str, reference: str, utility: UtilityFloor, factor: str | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """comparison.json, schema 1, from the files of the runs.
+
+    Args:
+        arms: at least one; every arm with the same seeds in the same order.
+        reference: name of the arm that the others are held against.
+        utility: the metric, and the level below which an arm is not comparable.
+        factor: dotted key that the comparison varies, and every arm's ``level`` is its value; None: defenses.
+        facts: put under ``comparison`` as they are.
+
+    Returns:
+        Contents of comparison.json; no NaN and no infinity among its numbers.
+
+    Raises:
+        UserError: the reference or a level is missing, a file is missing or broken, or reports were not measured alike.
+    """
+    _check_arms(arms, reference, factor)
+    loaded = read_outcomes(arms)
+    check_alike(loaded, factor)
+    base = next(outcomes for arm, outcomes in loaded if arm.name == reference)
+    level = level_of(loaded, utility)
+    described = [_describe(arm, outcomes, utility) for arm, outcomes in loaded]
+    for entry, (arm, outcomes) in zip(described, loaded, strict=True):
+        entry["versus_reference"] = None if arm.name == reference else versus(outcomes, base)
+        entry["matched"] = matched(outcomes, utility.metric, level)
+    adjust(described)
+    result = {
+        "schema": 1,
+        "comparison": {"name": name, **facts},
+        "design": _design(loaded, base, reference, utility, factor),
+        "arms": described,
+        "fronts": {"weights": front(loaded, utility, guard=False), "outputs": front(loaded, utility, guard=True)},
+        "trend": trend(loaded, factor) if factor else None,
+    }
+    return result | {"not_measured": not_measured(loaded, result)}
+
+
+def _check_arms(arms: list[Arm], reference: str, factor: str | None) -> None:
+    names = [arm.name for arm in arms]
+    if reference not in names:
+        raise UserError("reference", f"{reference!r} is none of the arms", f"take one of {', '.join(names)}")
+    if len({tuple(run.seed for run in arm.runs) for arm in arms}) > 1:
+        raise UserError("seeds", "the arms have different seeds", "give all arms the same")
+    levels = [arm.level for arm in arms]
+    if factor and (None in levels or len(set(levels)) < len(levels)):
+        raise UserError(
+            "factor", f"{factor} needs a level of its own in every arm, and has {levels}", "one arm a level"
+        )
+
+
+def _design(
+    loaded: Loaded, base: list[Outcome], reference: str, utility: UtilityFloor, factor: str | None
+) -> dict[str, Any]:
+    """What all arms have in common; null where they differ, or no run is done. Steps and images are the reference's."""
+    reports = [outcome.report for outcome in done_of(outcome for _, outcomes in loaded for outcome in outcomes)]
+    plain = [
+        report for report in reports if report["privacy"].get("extraction_guard_off") is None
+    ]  # no filter withheld images
+    trained = [outcome.report for outcome in done_of(base)]
+    return {
+        "reference": reference,
+        "seeds": [run.seed for run in loaded[0][0].runs],
+        "factor": factor,
+        "utility": {"metric": utility.metric, "at_most": utility.at_most},
+        "generations": common(plain, f"{EXTRACTION}.generations"),
+        "sampler": common(trained, f"{EXTRACTION}.sampler"),
+        "tier": common(plain, f"{EXTRACTION}.tier"),
+        "steps": common(trained, "model.steps"),
+        "images_seen": common(trained, "model.images_seen"),
+        "training_pictures": common(reports, "data.clusters"),
+        "training_records": common(reports, "data.train"),
+        "heldout_records": common(reports, "data.heldout"),
+        "unit": common(reports, "data.unit"),
+        "features": common(reports, "utility.features"),
+    }
+
+
+def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor) -> dict[str, Any]:
+    """One arm without what it is compared with."""
+    done = done_of(outcomes)
+    defenses = done[0].report["defenses"] if done else []
+    comparable, why = comparability(outcomes, utility)
+    return {
+        "name": arm.name,
+        "level": arm.level,
+        "overrides": list(arm.overrides),
+        "shares": arm.shares,
+        "defenses": [defense["name"] for defense in defenses],
+        "claims": _claims(done),
+        "kind": _kind(done),
+        "protects": ("outputs" if any(outcome.guarded for outcome in done) else "weights") if done else None,
+        "runs": [_run(outcome) for outcome in outcomes],
+        "summary": _summary(done),
+        "comparable": comparable,
+        "why": why,
+    }
+
+
+def _run(outcome: Outcome) -> dict[str, Any]:
+    run, report = outcome.run, outcome.report
+    told = {"seed": run.seed, "status": run.status, "error": run.error, "directory": run.path, "command": run.command}
+    if report is None:
+        return told | {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
+    found = [{"name": each["name"], **each["findings"]} for each in report["defenses"] if each.get("findings")]
+    return told | {
+        "values": outcome.values,
+        "by_copies": lookup(report, f"{EXTRACTION}.by_copies"),
+        "along": [checkpoint(point) for point in report.get("along") or []],
+        "guard_off": guard_off(report) if outcome.guarded else None,
+        "findings": found,
+    }
+
+
+def _claims(done: list[Outcome]) -> list[dict[str, Any]]:
+    """Claims of an arm; where the seeds spent different privacy budgets, the weakest."""
+    claims: dict[str, dict[str, Any]] = {}
+    for outcome in done:
+        for defense in outcome.report["defenses"]:
+            claim, known = defense["claim"], claims.get(defense["name"])
+            if known is None or (claim.get("epsilon") or 0) > (known.get("epsilon") or 0):
+                claims[defense["name"]] = {"name": defense["name"], **claim}
+    return list(claims.values())
+
+
+def _kind(done: list[Outcome]) -> str | None:
+    kinds = {claim["kind"] for claim in _claims(done)}
+    return None if not done else "dp" if "dp" in kinds else "heuristic" if kinds else "none"
+
+
+def _summary(done: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """Mean and interval over seeds of every figure that has one."""
+    paths = dict.fromkeys(path for outcome in done for path in outcome.values)
+    kept = [path for path in paths if not any(part.endswith(NO_MEAN) for part in path.split("."))]
+    found = {path: [outcome.values[path] for outcome in done if path in outcome.values] for path in kept}
+    return {path: t_interval(values, *_range(path)) for path, values in found.items()}
+
+
+def _range(path: str) -> tuple[float, float]:
+    least = 0.0 if path.startswith(NEVER_NEGATIVE) else -math.inf
+    return least, 1.0 if path.rpartition(".")[2] in SHARES else math.inf
