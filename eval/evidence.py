@@ -5,9 +5,10 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -89,6 +90,42 @@ def choose_pairs(
     others = [match for (flag, name), match in best.items() if not flag and name not in shown]
     pair = [[Pair(m, copies.get(m.record_id)) for m in group] for group in (verified, others)]
     return pair[0][:most], pair[1][: max(1, most // 4) if most else 0]
+
+
+def pair_rows(
+    matches: list[Match],
+    manifest: list[dict[str, str]],
+    files: dict[str, Path],
+    images: Callable[[str], np.ndarray] | None,
+    most: int,
+    budget_bytes: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Pairs for a page: ``verified`` and ``closest``, rows {pair, generation, training}, the last two data URIs or None.
+
+    Args:
+        matches, manifest: rows of attack/matches.csv and manifest.csv.
+        files: image files of the generations by name.
+        images: record_id -> uint8 [C, H, W]; None where the data are restricted: neither pictures nor names are given.
+        most: see `choose_pairs`.
+        budget_bytes: of the encoded pictures.
+    """
+    copies = {row["record_id"]: int(row["copies"]) for row in manifest if row.get("copies", "").isdigit()}
+    picture = {row["record_id"]: row["cluster"] for row in manifest if row.get("cluster")}
+    groups = choose_pairs(matches, picture, copies, most)
+    if images is None:
+        numbered = [
+            replace(pair, match=replace(pair.match, record_id=f"picture {i}", generation=""))
+            for i, pair in enumerate(groups[0], 1)
+        ]  # a record's id is a hash of its file name: whoever has a list of names could look it up
+        return {"verified": [{"pair": pair} for pair in numbered], "closest": []}
+    shown = [pair for group in groups for pair in group]
+    paths = [files.get(pair.match.generation) for pair in shown]
+    generated = [read_image(path) if path else None for path in paths]
+    training = [images(pair.match.record_id) for pair in shown]
+    uris = iter(encode([image for image in generated + training if image is not None], budget_bytes))
+    columns = [[None if image is None else next(uris) for image in column] for column in (generated, training)]
+    rows = [{"pair": pair, "generation": g, "training": t} for pair, g, t in zip(shown, *columns, strict=True)]
+    return {"verified": rows[: len(groups[0])], "closest": rows[len(groups[0]) :]}
 
 
 def generation_files(folder: Path) -> dict[str, Path]:

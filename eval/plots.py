@@ -18,6 +18,20 @@ from eval.wording import percent
 LIGHT = {"text": "#3b4754", "grid": "#dde3e9", "first": "#0b6e99", "second": "#c2571a"}
 DARK = {"text": "#b6c2cf", "grid": "#323c47", "first": "#58b7e0", "second": "#f0a35e"}
 
+# (light, dark) of the arms of a comparison, in their order; none is a colour of `LIGHT` or one that `DARK` puts in its place
+ARMS = [
+    ("#1f5f9e", "#7db8f0"),
+    ("#b5480f", "#f5a56b"),
+    ("#2b7a4b", "#79cc9b"),
+    ("#86449c", "#cda2e4"),
+    ("#a82a5c", "#f28fb5"),
+    ("#6f6200", "#d6c850"),
+    ("#3f4fae", "#9aa8ff"),
+    ("#0f6f72", "#66cdd0"),
+]
+SIZE = (5.6, 3.1)
+
+Draw = Callable[[Axes, dict[str, str]], None]
 Themed = dict[str, str]  # "light" and "dark": data URI
 
 
@@ -43,9 +57,9 @@ def training_curves(rows: list[dict[str, float]]) -> Themed | None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _legend(axes, colours)
+        legend(axes, colours)
 
-    return _render(draw)
+    return render(draw)
 
 
 def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
@@ -73,12 +87,12 @@ def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         else:
             axes.yaxis.get_major_locator().set_params(integer=True)
-        _legend(axes, colours)
+        legend(axes, colours)
 
-    return _render(draw)
+    return render(draw)
 
 
-def copies_bars(by_copies: dict[str, dict[str, int]]) -> Themed | None:
+def copies_bars(by_copies: dict[str, dict[str, int]], size: tuple[float, float] = SIZE) -> Themed | None:
     """Share of distinct pictures extracted, by the number of their copies in the training split."""
     rows = sorted((int(copies), row["pictures"], row["verified"]) for copies, row in by_copies.items())
     rows = _grouped([row for row in rows if row[1]])
@@ -94,7 +108,7 @@ def copies_bars(by_copies: dict[str, dict[str, int]]) -> Themed | None:
         axes.set(xlabel="copies of the picture in the training split", ylabel="share extracted", ylim=(0, 1.15))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
 
-    return _render(draw)
+    return render(draw, size)
 
 
 def _grouped(rows: list[tuple[int, int, int]], most: int = 8) -> list[tuple[str, int, int]]:
@@ -115,25 +129,31 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return (sums[1:] - sums[start]) / (np.arange(len(values)) + 1 - start)
 
 
-def _legend(axes: Axes, colours: dict[str, str]) -> None:
+def legend(axes: Axes, colours: dict[str, str]) -> None:
+    """The legend of a figure, above its axes."""
     axes.legend(
         frameon=False, labelcolor=colours["text"], loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0
     )
 
 
-def _render(draw: Callable[[Axes, dict[str, str]], None]) -> Themed:
-    """Draws once; the dark version is the same SVG in other colours."""
-    light = _svg(draw, LIGHT)
+def render(draw: Draw, size: tuple[float, float] = SIZE) -> Themed:
+    """Draws once; the dark version is the same SVG in other colours.
+
+    Args:
+        draw: gets the axes and the colours of `LIGHT`; may take those of `ARMS` too.
+        size: width and height in inches.
+    """
+    light = _svg(draw, LIGHT, size)
     dark = light
-    for name, colour in LIGHT.items():
-        dark = dark.replace(colour, DARK[name])
+    for colour, other in [*((LIGHT[name], DARK[name]) for name in LIGHT), *ARMS]:
+        dark = dark.replace(colour, other)
     return {"light": _data_uri(light), "dark": _data_uri(dark)}
 
 
-def _svg(draw: Callable[[Axes, dict[str, str]], None], colours: dict[str, str]) -> str:
+def _svg(draw: Draw, colours: dict[str, str], size: tuple[float, float]) -> str:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "deffuse", "font.family": "sans-serif", "font.size": 11}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes, colours)

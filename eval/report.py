@@ -1,18 +1,15 @@
 """report.html and MODEL_CARD.md from report.json and the run directory; one process calls it, their only writer."""
 
-import functools
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from defenses.errors import UserError
-from eval import claims, evidence, plots, wording
+from eval import claims, evidence, pages, plots, wording
 from eval.card import model_card
 from train.files import atomic
 
@@ -73,9 +70,9 @@ def render(
     manifest = evidence.read_table((trained_in or run_dir) / "manifest.csv")
     files = evidence.generation_files(generations or run_dir / "generations")
     verify_l2 = float(((extraction or {}).get("settings") or {}).get("verify_l2", VERIFY_L2))
-    page = _template().render(
+    page = pages.template("report.html.j2").render(
         **_texts(report, extraction, restricted),
-        **_pairs(matches, manifest, files, images, restricted, config.pairs),
+        **evidence.pair_rows(matches, manifest, files, None if restricted else images, config.pairs, BUDGET_BYTES),
         **_grid(files, restricted, config.grid),
         restricted=restricted,
         cliques=_cliques(run_dir, restricted),
@@ -86,25 +83,6 @@ def render(
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
         with atomic(run_dir / name) as file:
             file.write(text)
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": wording.number,
-        "percent": wording.percent,
-        "duration": wording.duration,
-        "size": wording.size,
-        "fixed": wording.fixed,
-        "json": functools.partial(json.dumps, ensure_ascii=False),
-    }
-    return environment.get_template("report.html.j2")
 
 
 def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted: bool) -> dict[str, Any]:
@@ -129,34 +107,6 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted
         ],
         "defenses": [_defense(entry) for entry in report.get("defenses") or []],
     }
-
-
-def _pairs(
-    matches: list[evidence.Match],
-    manifest: list[dict[str, str]],
-    files: dict[str, Path],
-    images: Images,
-    restricted: bool,
-    most: int,
-) -> dict[str, Any]:
-    """Context ``verified`` and ``closest``: lists of {pair, generation, training}, the last two as data URIs or None."""
-    copies = {row["record_id"]: int(row["copies"]) for row in manifest if row.get("copies", "").isdigit()}
-    picture = {row["record_id"]: row["cluster"] for row in manifest if row.get("cluster")}
-    groups = evidence.choose_pairs(matches, picture, copies, most)
-    if restricted:
-        numbered = [
-            replace(pair, match=replace(pair.match, record_id=f"picture {i}", generation=""))
-            for i, pair in enumerate(groups[0], 1)
-        ]  # a record's id is a hash of its file name: whoever has a list of names could look it up
-        return {"verified": [{"pair": pair} for pair in numbered], "closest": []}
-    shown = [pair for group in groups for pair in group]
-    paths = [files.get(pair.match.generation) for pair in shown]
-    generated = [evidence.read_image(path) if path else None for path in paths]
-    training = [images(pair.match.record_id) for pair in shown]
-    uris = iter(evidence.encode([image for image in generated + training if image is not None], BUDGET_BYTES))
-    columns = [[None if image is None else next(uris) for image in column] for column in (generated, training)]
-    rows = [{"pair": pair, "generation": g, "training": t} for pair, g, t in zip(shown, *columns, strict=True)]
-    return {"verified": rows[: len(groups[0])], "closest": rows[len(groups[0]) :]}
 
 
 def _grid(files: dict[str, Path], restricted: bool, most: int) -> dict[str, Any]:

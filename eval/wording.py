@@ -22,6 +22,8 @@ NOT_MEASURED = {
     "utility.downstream": "Downstream use was not measured: whether the generations serve a task, such as a classifier.",
 }
 
+EVIDENCE_P = 0.05  # largest p-value of the control at which hits are told from chance
+
 FEATURES = {
     "random-conv": "fixed random convolutions (offline; compares runs of this program only, not Inception)",
     "inception": "Inception-v3 (ImageNet)",
@@ -140,7 +142,7 @@ def control_sentences(control: dict[str, Any] | None) -> list[str]:
 def verdict(report: dict[str, Any]) -> dict[str, Any]:
     """The outcome in plain words: ``{"level": "leak" | "none" | "unclear", "title": ..., "sentences": [...]}``.
 
-    "leak" needs verified pictures and a control that tells them from chance (p <= 0.05).
+    "leak" needs verified pictures and a control that tells them from chance (p <= `EVIDENCE_P`).
     """
     extraction = (report["privacy"] or {}).get("extraction")
     if extraction is None:
@@ -154,7 +156,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     elif not verified:
         level, title = "none", "No training picture was extracted by this attack"
         sentences.append("That is a statement about this attack and its size: a stronger attack can find more.")
-    elif p_value is not None and p_value <= 0.05:
+    elif p_value is not None and p_value <= EVIDENCE_P:
         level, title = "leak", "The model gives training pictures away"
     elif p_value is None:
         level, title = (

@@ -1,0 +1,174 @@
+"""comparison.html from comparison.json and the run directories beside it: one file that opens offline."""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from eval import comparison_plots, comparison_words, evidence, pages, wording
+from eval.quoted import Quoted
+from train.files import atomic
+
+BUDGET_BYTES = 1_500_000  # of encoded pictures in the pairs of all arms, and again in their grids
+
+# parts of comparison.json that may hold names of files or people: where the data are restricted they are not shown
+NAMING = {"command", "overrides", "config", "error", "directory"}
+
+FINDINGS = {
+    "threshold": "threshold: what comes nearer is a copy",
+    "false_alarm_rate": "false-alarm rate on calibration pictures, as asked for",
+    "redrawn": "images drawn again",
+    "replaced": "images drawn again",
+    "withheld": "images withheld",
+    "seconds_per_image": "seconds per image that the filter takes",
+    "released_step": "step of the released checkpoint",
+    "onset_step": "step at which copies set in",
+    "released_is_clean": "released checkpoint is within the tolerance",
+    "images": "generations looked at per checkpoint",
+    "pictures": "pictures of either side compared",
+}
+
+
+def render(
+    folder: Path,
+    comparison: dict[str, Any],
+    *,
+    restricted: bool,
+    images: Callable[[str], np.ndarray] | None,
+    pairs: int = 6,
+    grid: int = 36,
+) -> None:
+    """Writes ``folder/comparison.html``; every number on it, but for the captions of the pairs, is one of ``comparison``.
+
+    Args:
+        folder: of the comparison; holds the run directories, of which a file that is not there leaves its part out.
+        comparison: contents of comparison.json.
+        restricted: ``data.restricted``: no picture, no record id, no command and no path is shown.
+        images: training picture of a record, uint8 [C, H, W]; never called where ``restricted``. None: no pairs.
+        pairs: extracted pictures shown per arm beside their generation, at most.
+        grid: generations shown per arm, the same sample indices for all.
+    """
+    arms = comparison["arms"]
+    script = Markup((pages.TEMPLATES / "comparison.js").read_text(encoding="utf-8").strip())
+    page = pages.template("comparison.html.j2").render(
+        c=comparison,
+        show=Quoted(comparison),
+        restricted=restricted,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        words=comparison_words,
+        groups=(groups := comparison_words.groups(arms)),
+        level=comparison_words.level(arms),
+        titles=comparison_words.TITLES,
+        reference=_reference(comparison),
+        distance_name=wording.distance_name(comparison["design"].get("features")),
+        figures=_figures(comparison),
+        findings=[_findings(arm) for arm in arms],
+        evidence=[] if restricted else _evidence(folder, arms, images, pairs),
+        grids=[] if restricted else _grids(folder, arms, grid),
+        fields=_fields(comparison, restricted),
+        has=lambda key: any(key in (run["values"] or {}) for arm in arms for run in arm["runs"]),
+        ranked=[index for index in range(len(arms)) if index not in groups["below"] + groups["unfinished"]],
+    )
+    with atomic(folder / "comparison.html") as file:
+        file.write(page)
+
+
+def _reference(comparison: dict[str, Any]) -> int:
+    """Index of the arm that the others are held against."""
+    return [arm["name"] for arm in comparison["arms"]].index(comparison["design"]["reference"])
+
+
+def _figures(comparison: dict[str, Any]) -> dict[str, Any]:
+    metric = comparison["design"]["utility"]["metric"]
+    return {
+        "weights": comparison_plots.plane(comparison, "weights"),
+        "outputs": comparison_plots.plane(comparison, "outputs"),
+        "trajectories": comparison_plots.trajectories(comparison),
+        "verified": comparison_plots.over_images(comparison, "verified"),
+        "metric": comparison_plots.over_images(comparison, metric),
+        "copies": [comparison_plots.copies(arm) for arm in comparison["arms"]],
+        "trend": comparison_plots.trend(comparison["trend"]) if comparison["trend"] else None,
+    }
+
+
+def _findings(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the defenses of an arm measured, run by run: rows of (label, path below the arm, value), and a curve."""
+    return [
+        {
+            "name": finding["name"],
+            "seed": f"runs.{number}.seed",
+            "rule": finding.get("rule"),
+            "curve": comparison_plots.early_stop(finding),
+            "rows": [
+                (FINDINGS.get(key, key.replace("_", " ").replace(".", ", ")), f"runs.{number}.findings.{place}.{key}", value)
+                for key, value in wording.flatten(finding)
+                if key not in ("name", "rule") and not key.startswith("curve") and value is not None
+            ],
+        }
+        for number, run in enumerate(arm["runs"])
+        for place, finding in enumerate(run["findings"] or [])
+    ]
+
+
+def _evidence(
+    folder: Path, arms: list[dict[str, Any]], images: Callable[[str], np.ndarray] | None, most: int
+) -> list[dict[str, Any]]:
+    """Pairs of each arm's first finished seed: {arm, run, verified, closest}; arms without any are left out."""
+    shown = []
+    for index, arm in enumerate(arms):
+        number = _first_done(arm)
+        if number is None or images is None:
+            continue
+        directory = folder / arm["runs"][number]["directory"]
+        manifest = directory / "manifest.csv"
+        if not manifest.exists():  # an arm that shares a training lies in <training>/eval/<arm>
+            manifest = directory.parent.parent / "manifest.csv"
+        rows = evidence.pair_rows(
+            evidence.read_matches(directory / "attack" / "matches.csv"),
+            evidence.read_table(manifest),
+            evidence.generation_files(directory / "generations"),
+            images,
+            most,
+            BUDGET_BYTES // len(arms),
+        )
+        if rows["verified"] or rows["closest"]:
+            shown.append({"arm": index, "run": number, **rows})
+    return shown
+
+
+def _grids(folder: Path, arms: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Generations of the same sample indices for every arm: {arm, run, pictures}; None where an arm has no such file."""
+    numbers = {index: number for index, arm in enumerate(arms) if (number := _first_done(arm)) is not None}
+    files = {
+        index: evidence.generation_files(folder / arms[index]["runs"][number]["directory"] / "generations")
+        for index, number in numbers.items()
+    }
+    names = list(islice(sorted(set().union(*files.values())), most))
+    pictures = {
+        (index, name): evidence.read_image(found[name]) if name in found else None
+        for index, found in files.items()
+        for name in names
+    }
+    uris = iter(evidence.encode([picture for picture in pictures.values() if picture is not None], BUDGET_BYTES))
+    shown = {key: None if picture is None else next(uris) for key, picture in pictures.items()}
+    return [
+        {"arm": index, "run": number, "pictures": [shown[index, name] for name in names]}
+        for index, number in numbers.items()
+        if files[index]
+    ]
+
+
+def _first_done(arm: dict[str, Any]) -> int | None:
+    return next((number for number, run in enumerate(arm["runs"]) if run["status"] == "done"), None)
+
+
+def _fields(comparison: dict[str, Any], restricted: bool) -> list[tuple[str, Any]]:
+    """Every field of comparison.json, (dotted key, value); values of a run that the page does not show are among them."""
+    rows = wording.flatten(comparison)
+    return [(key, value) for key, value in rows if not (restricted and NAMING & set(key.split(".")))]

@@ -1,0 +1,245 @@
+"""Figures of a comparison, in the style of the report's."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from eval import plots
+from eval.comparison_words import VERIFIED
+from eval.plots import ARMS, Themed, legend, render
+
+MARKERS = "osD^vPX*"
+PLANE, LINES, PANEL = (6.0, 4.0), (6.0, 3.4), (3.3, 2.3)
+STAGES = {"weights": "weights released", "outputs": "only outputs released"}
+
+
+def style(index: int) -> tuple[str, str]:
+    """Colour and marker of the arm with this index: the same in every figure."""
+    return ARMS[index % len(ARMS)][0], MARKERS[index % len(MARKERS)]
+
+
+def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
+    """Verified pictures over the utility metric, the front as a staircase; bars span the seeds, hollow: not comparable.
+
+    Args:
+        stage: key of ``fronts``.
+    """
+    block, floor = comparison["fronts"][stage], comparison["design"]["utility"]["at_most"]
+    points = [point for point in block["points"] if None not in (point["x"], point["y"])]
+    if not points:
+        return None
+    index = {arm["name"]: number for number, arm in enumerate(comparison["arms"])}
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        front = sorted((p["x"], p["y"]) for p in points if p["arm"] in block["front"])
+        if front:
+            axes.step(*zip(*front, strict=True), where="post", color=colours["grid"], linewidth=5, zorder=0)
+        for point in points:
+            number = index[point["arm"]]
+            _spread(axes, comparison["arms"][number], block["x"], stage, style(number)[0])
+            _mark(axes, point, number, comparison["arms"][number]["comparable"] is not False)
+        _metric_axis(axes, [p["x"] for p in points] + ([floor] if floor else []), block["x"])
+        axes.set(ylabel="distinct pictures extracted", ylim=(*_from_zero(axes),))
+        if floor is not None:
+            axes.axvline(floor, color=colours["text"], linestyle=":", linewidth=1)
+            axes.annotate(
+                "stated utility", (floor, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), rotation=90,
+                textcoords="offset points", ha="right", va="top", fontsize=9, color=colours["text"],
+            )  # fmt: skip
+        _labels(axes, [(p["x"], p["y"], p["arm"], style(index[p["arm"]])[0]) for p in points])
+
+    return render(draw, PLANE)
+
+
+def trajectories(comparison: dict[str, Any]) -> Themed | None:
+    """Verified pictures over the utility metric along training, one line per arm, from the first checkpoint to the last."""
+    metric = comparison["design"]["utility"]["metric"]
+    return _curves(comparison, lambda point: (point[metric], point["verified"]), metric, "distinct pictures extracted")
+
+
+def over_images(comparison: dict[str, Any], quantity: str) -> Themed | None:
+    """``quantity``, "verified" or a utility metric, over the images seen in training, one line per arm."""
+    label = "distinct pictures extracted" if quantity == "verified" else f"{quantity.upper()} (lower is better)"
+    return _curves(comparison, lambda point: (point["images_seen"], point[quantity]), None, label)
+
+
+def copies(arm: dict[str, Any]) -> Themed | None:
+    """Share extracted by the number of copies, over all seeds of an arm."""
+    total: dict[str, dict[str, int]] = {}
+    for count, part in (item for run in arm["runs"] if run["by_copies"] for item in run["by_copies"].items()):
+        row = total.setdefault(count, {"pictures": 0, "verified": 0})
+        for key in row:
+            row[key] += part[key]
+    return plots.copies_bars(total, PANEL)
+
+
+def trend(block: dict[str, Any]) -> Themed | None:
+    """Verified pictures over the varied factor, with the interval over seeds."""
+    rows = [
+        row
+        for row in zip(block["levels"], block["verified"], block["low"], block["high"], strict=True)
+        if row[1] is not None
+    ]
+    if not rows:
+        return None
+    levels, means, low, high = zip(*rows, strict=True)
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in levels)
+    x = np.array(levels, dtype=float) if numeric else np.arange(len(levels))
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        bounds = [(at, a, b) for at, a, b in zip(x, low, high, strict=True) if None not in (a, b)]
+        if bounds:
+            axes.vlines(*zip(*bounds, strict=True), color=colours["second"], linewidth=1.5, alpha=0.6)
+        axes.plot(x, means, color=colours["second"], marker="o")
+        if numeric and x.min() > 0 and x.max() >= 10 * x.min():
+            axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" if numeric else str(value) for value in levels], parse_math=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(block["factor"], parse_math=False)
+        axes.set(ylabel="distinct pictures extracted", ylim=_from_zero(axes))
+
+    return render(draw, LINES)
+
+
+def early_stop(finding: dict[str, Any]) -> Themed | None:
+    """What the early stop saw: share of generations that copy training pictures, and calibration pictures by chance."""
+    curve = finding.get("curve") or []
+    if not curve:
+        return None
+    x = [point["step"] for point in curve]
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        axes.plot(x, [p["copies"] for p in curve], color=colours["second"], marker="o", label="of training pictures")
+        axes.plot(
+            x, [p["copies_control"] for p in curve], color=colours["first"], marker="s", linestyle="--",
+            label="of calibration pictures (chance)",
+        )  # fmt: skip
+        if finding.get("released_step") is not None:
+            axes.axvline(finding["released_step"], color=colours["text"], linestyle=":")
+        axes.set(xlabel="optimizer step (dotted: released)", ylabel="share that copies", ylim=_from_zero(axes))
+        axes.yaxis.set_major_formatter(lambda value, _: plots.percent(value))
+        legend(axes, colours)
+
+    return render(draw, LINES)
+
+
+def along(arm: dict[str, Any], metric: str) -> list[dict[str, float]]:
+    """Checkpoints of an arm, the released one last: images_seen, verified and the metric, means over the seeds that have it."""
+    points: dict[float, list[dict[str, float]]] = {}
+    for run in arm["runs"]:
+        rows, values = list(run["along"]), run["values"] or {}
+        end = {"images_seen": values.get("model.images_seen"), "verified": values.get(VERIFIED)}
+        rows.append(end | {metric: values.get(f"utility.{metric}")})
+        for row in rows:
+            if None not in (found := {key: row.get(key) for key in ("images_seen", "verified", metric)}).values():
+                points.setdefault(found["images_seen"], []).append(found)
+    return [
+        {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for _, rows in sorted(points.items())
+    ]
+
+
+def _curves(comparison: dict[str, Any], position, metric: str | None, ylabel: str) -> Themed | None:
+    """One line per arm; ``metric``: name of the x axis, None for images seen."""
+    arms, utility = comparison["arms"], comparison["design"]["utility"]["metric"]
+    lines = {
+        number: [position(point) for point in points] for number, arm in enumerate(arms) if (points := along(arm, utility))
+    }
+    if not any(len(line) > 1 for line in lines.values()):
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        for number, line in lines.items():
+            colour, marker = style(number)
+            x, y = zip(*line, strict=True)
+            axes.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3)
+            _mark(axes, {"x": x[-1], "y": y[-1]}, number, arms[number]["comparable"] is not False)
+        if metric:
+            _metric_axis(axes, [x for line in lines.values() for x, _ in line], metric)
+        else:
+            axes.set_xlabel("images seen in training")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set(ylabel=ylabel, ylim=_from_zero(axes))
+        _labels(axes, [(*line[-1], arms[number]["name"], style(number)[0]) for number, line in lines.items()])
+
+    return render(draw, PLANE if metric else LINES)
+
+
+def _mark(axes: Axes, point: dict[str, Any], number: int, full: bool) -> None:
+    colour, marker = style(number)
+    axes.plot(
+        point["x"], point["y"], marker=marker, markersize=8, color=colour, markerfacecolor=colour if full else "none",
+        markeredgewidth=1.6, clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def _spread(axes: Axes, arm: dict[str, Any], metric: str, stage: str, colour: str) -> None:
+    """Bars from the lowest to the highest seed."""
+    seeds = []
+    for run in arm["runs"]:
+        values, off = run["values"] or {}, run["guard_off"] if stage == "weights" else None
+        x = values.get(f"utility.guard_off.{metric}" if off else f"utility.{metric}")
+        seeds.append((x, off["verified"] if off else values.get(VERIFIED)))
+    seeds = [seed for seed in seeds if None not in seed]
+    if len(seeds) > 1:
+        x, y = (np.array(side) for side in zip(*seeds, strict=True))
+        axes.vlines(x.mean(), y.min(), y.max(), color=colour, linewidth=1.6)
+        axes.hlines(y.mean(), x.min(), x.max(), color=colour, linewidth=1.6)
+
+
+def _metric_axis(axes: Axes, values: list[float], metric: str) -> None:
+    """Logarithmic where the arms lie far apart, so that the good ones do not fall together."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(plots.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(plots.NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(f"{metric.upper()} (lower is better)")
+    axes.margins(x=0.08)
+
+
+def _from_zero(axes: Axes) -> tuple[float, float]:
+    top = max(axes.dataLim.y1, 1e-9)
+    return min(axes.dataLim.y0, 0.0) - 0.04 * top, top * 1.12
+
+
+def _labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float = 10.0) -> None:
+    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least."""
+    axes.figure.draw_without_rendering()  # the layout is known only now
+    scale = 72 / axes.figure.dpi
+    frame = axes.get_window_extent()
+    low, high = np.array([frame.x0, frame.y0]) * scale, np.array([frame.x1, frame.y1]) * scale
+    at = axes.transData.transform([(x, y) for x, y, _, _ in points]) * scale
+    taken = [(*(spot - 5), *(spot + 5)) for spot in at]
+    for spot, (x, y, name, colour) in zip(at, points, strict=True):
+        size = np.array([0.56 * font * len(name), 1.2 * font])
+        boxes = [(*(corner := _corner(spot, size, side, far)), *(corner + size)) for side, far in _PLACES]
+        costs = [_cost(box, taken, low, high) + 0.5 * far for box, (_, far) in zip(boxes, _PLACES, strict=True)]
+        best = int(np.argmin(costs))
+        box, far = np.array(boxes[best]), _PLACES[best][1]
+        taken.append(boxes[best])
+        axes.annotate(
+            name, (x, y), (box[:2] - spot + (0, 0.25 * font)), textcoords="offset points", color=colour, fontsize=font,
+            parse_math=False, annotation_clip=False, va="baseline",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if far > 12 else None,
+        )  # fmt: skip
+
+
+_SIDES = [(1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)]
+_PLACES = [(side, far) for far, side in product((8, 18, 30, 44), _SIDES)]
+
+
+def _corner(spot: np.ndarray, size: np.ndarray, side: tuple[int, int], far: float) -> np.ndarray:
+    """Lower left corner of a box of this size on this side of a point."""
+    return spot + far * np.array(side) + size * (np.array(side) - 1) / 2
+
+
+def _cost(box: tuple[float, ...], taken: list[tuple[float, ...]], low: np.ndarray, high: np.ndarray) -> float:
+    """Area that a box (x0, y0, x1, y1) shares with others, and much for what sticks out of the frame."""
+    shared = sum(
+        max(0.0, min(box[2], x1) - max(box[0], x0)) * max(0.0, min(box[3], y1) - max(box[1], y0))
+        for x0, y0, x1, y1 in taken
+    )
+    outside = max(0.0, low[0] - box[0]) + max(0.0, low[1] - box[1])
+    return shared + 20 * (outside + max(0.0, box[2] - high[0]) + max(0.0, box[3] - high[1]))

@@ -1,0 +1,89 @@
+"""What comparison.json says about each arm, for its page: who leaks, who is compared, what is claimed."""
+
+from typing import Any
+
+from eval import claims
+from eval.wording import EVIDENCE_P
+
+VERIFIED = "privacy.extraction.verified"
+P_VALUE = "privacy.extraction.control.p_value"
+CONTROL = "privacy.extraction.control.verified"
+CONTROL_N = "privacy.extraction.control.n"
+
+TITLES = {
+    "leak": "Training pictures can be pulled out of some of these models",
+    "unclear": "Some models bring out training pictures, but the control does not tell that from chance",
+    "none": "This attack pulled no training picture out of any model",
+    "unfinished": "No arm was measured",
+}
+SIGNS = {
+    "less": "fewer in every seed",
+    "more": "more in every seed",
+    "equal": "equal in every seed",
+    "mixed": "the seeds disagree",
+}
+KINDS = {
+    "dp": "guarantee (differential privacy)",
+    "heuristic": "heuristic, no guarantee",
+    "none": "none: no defense",
+}
+
+
+def standing(arm: dict[str, Any]) -> str:
+    """What the attack found in an arm as it is used: "leak", "unclear", "none" or "unfinished".
+
+    "leak": in at least one seed pictures were verified, and the control tells them from chance. One seed is enough: whoever
+    trains once gets one seed. "none" needs every finished seed.
+    """
+    return _standing([run["values"] for run in arm["runs"] if run["values"]])
+
+
+def standing_guard_off(arm: dict[str, Any]) -> str:
+    """The same for the weights alone, without the filter that wraps the sampling; "unfinished" where there is no filter."""
+    found = [run["guard_off"] for run in arm["runs"] if run["guard_off"]]
+    return _standing(
+        [{VERIFIED: part["verified"], P_VALUE: (part["control"] or {}).get("p_value")} for part in found]
+    )
+
+
+def _standing(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "unfinished"
+    hits = [(values[VERIFIED], values.get(P_VALUE)) for values in found if values.get(VERIFIED) is not None]
+    if any(count and p_value is not None and p_value <= EVIDENCE_P for count, p_value in hits):
+        return "leak"
+    return "unclear" if any(count for count, _ in hits) or not hits else "none"
+
+
+def groups(arms: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Arms by what the verdict says of them: "leak", "unclear", "none", "below" (stated utility) and "unfinished".
+
+    An arm below the stated utility stands in "below" alone unless it leaks: a defense that ruins the pictures looks private,
+    and a model that ruins them and leaks all the same is a leak first.
+    """
+    found: dict[str, list[int]] = {name: [] for name in ("leak", "unclear", "none", "below", "unfinished")}
+    for index, arm in enumerate(arms):
+        name = standing(arm)
+        if arm["comparable"] is False:
+            found["below"].append(index)
+        if arm["comparable"] is not False or name == "leak":
+            found[name].append(index)
+    return found
+
+
+def level(arms: list[dict[str, Any]]) -> str:
+    """The verdict on all arms together. Of an arm behind a filter the weights count too."""
+    worst = {standing(arm) for arm in arms} | {standing_guard_off(arm) for arm in arms}
+    return next((name for name in ("leak", "unclear", "none") if name in worst), "unfinished")
+
+
+def claim_entries(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The claims of an arm: ``name``, ``statement`` and for differential privacy ``dp`` (see `claims.in_words`), else None."""
+    return [
+        {
+            "name": entry["name"],
+            "statement": entry.get("statement"),
+            "dp": claims.in_words(entry) if entry.get("kind") == "dp" else None,
+        }
+        for entry in arm["claims"]
+    ]
