@@ -226,12 +226,14 @@ class SamplingContext:
         control: rows of the calibration split in ``pool.images``, int64.
         folder: the saved pipeline's; what a user of the defended model needs is kept in a sub-folder of it.
         accelerator: Accelerate's `Accelerator`.
+        records: folder of this evaluation, for records of the defense's own that must survive a stop; null: ``folder``.
     """
 
     pool: Pool
     control: np.ndarray
     folder: Path
     accelerator: Any
+    records: Path | None = None
 
 
 class Defense(ABC):

@@ -9,6 +9,7 @@ from defenses.base import BatchPlan, Defense, GradientRule
 from defenses.dedup import Dedup, DedupConfig
 from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.errors import UserError
+from defenses.outputfilter import OutputFilter, OutputFilterConfig
 
 
 @dataclass(kw_only=True)
@@ -18,9 +19,10 @@ class DefensesConfig:
     dedup: DedupConfig | None = None
     augment: AugmentConfig | None = None
     dpsgd: DPSGDConfig | None = None
+    output_filter: OutputFilterConfig | None = None
 
 
-CLASSES = {"dedup": Dedup, "augment": Augment, "dpsgd": DPSGD}
+CLASSES = {"dedup": Dedup, "augment": Augment, "dpsgd": DPSGD, "output_filter": OutputFilter}
 
 
 def build(config: DefensesConfig) -> list[Defense]:
