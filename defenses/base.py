@@ -46,18 +46,21 @@ class RunContext:
 
     Attributes:
         pool: the training records that are left after all defenses have selected.
-        steps, batch_size, accumulation, precision, seed: of the configuration.
+        control: rows of the calibration split in ``pool.images``, int64; empty where there is none.
+        steps, batch_size, accumulation, precision, seed, checkpoint_every: of the configuration.
         nonprivate_metrics: whether the user wants losses and held-out metrics even where a defense is `private`.
         folder: run directory, for records of the defense's own.
         accelerator: Accelerate's `Accelerator`: rank, device, collectives.
     """
 
     pool: Pool
+    control: np.ndarray
     steps: int
     batch_size: int
     accumulation: int
     precision: str
     seed: int
+    checkpoint_every: int
     nonprivate_metrics: bool
     folder: Path
     accelerator: Any
@@ -196,12 +199,14 @@ class CheckpointView:
         sample: images from the EMA weights of this step by sample index, float32 [len, C, H, W] in [0, 1]; all ranks call it
             together. Indices from `FIRST_PRIVATE_INDEX` on are never among the images that the evaluation attacks.
         pool: the training records; ``control`` the rows of the calibration split in ``pool.images``.
+        images_seen: training images that the model has seen by then, repeats counted; None: not known.
     """
 
     step: int
     sample: Callable[[Sequence[int]], torch.Tensor]
     pool: Pool
     control: np.ndarray
+    images_seen: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from defenses.augment import Augment, AugmentConfig
 from defenses.base import BatchPlan, Defense, GradientRule
 from defenses.dedup import Dedup, DedupConfig
 from defenses.dpsgd import DPSGD, DPSGDConfig
+from defenses.earlystop import EarlyStop, EarlyStopConfig
 from defenses.errors import UserError
 from defenses.outputfilter import OutputFilter, OutputFilterConfig
 
@@ -19,10 +20,17 @@ class DefensesConfig:
     dedup: DedupConfig | None = None
     augment: AugmentConfig | None = None
     dpsgd: DPSGDConfig | None = None
+    early_stop: EarlyStopConfig | None = None
     output_filter: OutputFilterConfig | None = None
 
 
-CLASSES = {"dedup": Dedup, "augment": Augment, "dpsgd": DPSGD, "output_filter": OutputFilter}
+CLASSES = {
+    "dedup": Dedup,
+    "augment": Augment,
+    "dpsgd": DPSGD,
+    "early_stop": EarlyStop,
+    "output_filter": OutputFilter,
+}
 
 
 def build(config: DefensesConfig) -> list[Defense]:

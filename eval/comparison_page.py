@@ -106,7 +106,11 @@ def _findings(arm: dict[str, Any]) -> list[dict[str, Any]]:
             "rule": finding.get("rule"),
             "curve": comparison_plots.early_stop(finding),
             "rows": [
-                (FINDINGS.get(key, key.replace("_", " ").replace(".", ", ")), f"runs.{number}.findings.{place}.{key}", value)
+                (
+                    FINDINGS.get(key, key.replace("_", " ").replace(".", ", ")),
+                    f"runs.{number}.findings.{place}.{key}",
+                    value,
+                )
                 for key, value in wording.flatten(finding)
                 if key not in ("name", "rule") and not key.startswith("curve") and value is not None
             ],

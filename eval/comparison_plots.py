@@ -135,16 +135,16 @@ def along(arm: dict[str, Any], metric: str) -> list[dict[str, float]]:
         for row in rows:
             if None not in (found := {key: row.get(key) for key in ("images_seen", "verified", metric)}).values():
                 points.setdefault(found["images_seen"], []).append(found)
-    return [
-        {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for _, rows in sorted(points.items())
-    ]
+    return [{key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for _, rows in sorted(points.items())]
 
 
 def _curves(comparison: dict[str, Any], position, metric: str | None, ylabel: str) -> Themed | None:
     """One line per arm; ``metric``: name of the x axis, None for images seen."""
     arms, utility = comparison["arms"], comparison["design"]["utility"]["metric"]
     lines = {
-        number: [position(point) for point in points] for number, arm in enumerate(arms) if (points := along(arm, utility))
+        number: [position(point) for point in points]
+        for number, arm in enumerate(arms)
+        if (points := along(arm, utility))
     }
     if not any(len(line) > 1 for line in lines.values()):
         return None

@@ -41,9 +41,7 @@ def standing(arm: dict[str, Any]) -> str:
 def standing_guard_off(arm: dict[str, Any]) -> str:
     """The same for the weights alone, without the filter that wraps the sampling; "unfinished" where there is no filter."""
     found = [run["guard_off"] for run in arm["runs"] if run["guard_off"]]
-    return _standing(
-        [{VERIFIED: part["verified"], P_VALUE: (part["control"] or {}).get("p_value")} for part in found]
-    )
+    return _standing([{VERIFIED: part["verified"], P_VALUE: (part["control"] or {}).get("p_value")} for part in found])
 
 
 def _standing(found: list[dict[str, Any]]) -> str:

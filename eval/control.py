@@ -8,8 +8,9 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from defenses.neighbours import Neighbours, search_sharded
+from defenses.references import Rows, shuffled
 from defenses.seeding import derive
-from eval.pictures import Pictures, Rows, shuffled
+from eval.pictures import Pictures
 
 _LIST = 4  # length of the neighbour lists of the permutation test, times n
 _LEAST = 64  # and at least this: lists of a few pictures often lie on one side whole

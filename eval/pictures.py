@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from defenses.references import Rows, shuffled
+
 
 @dataclass
 class Pictures:
@@ -57,26 +59,6 @@ class Pictures:
         """``count`` picture ids, drawn block by block; the last block is cut where it overshoots."""
         return self.ids[shuffled(self.block[self.first], np.random.default_rng(seed))[:count]]
 
-    def subset(self, ids: np.ndarray) -> "Rows":
+    def subset(self, ids: np.ndarray) -> Rows:
         """The images of all records of these pictures, read from the original when they are indexed."""
         return Rows(self.images, np.flatnonzero(np.isin(self.picture, ids)))
-
-
-def shuffled(block: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Places 0..P-1 in an order in which the blocks stand at random and each block stays together, int64 [P]."""
-    _, unit = np.unique(block, return_inverse=True)
-    return np.argsort(random.permutation(unit.max() + 1)[unit], kind="stable")
-
-
-class Rows:
-    """Some rows of an array or memory map, read when they are indexed."""
-
-    def __init__(self, images: Any, rows: np.ndarray):
-        self.images, self.rows = images, rows
-        self.dtype, self.shape = images.dtype, (len(rows), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.images[self.rows[index]]

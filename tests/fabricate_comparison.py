@@ -27,12 +27,23 @@ ARMS: dict[str, Any] = {
     "gan": (None, "none", [], (None, None), (None, None), None),
 }
 CURVE = [
-    {"step": 500 * i, "images_seen": 32000 * i, "copies": (0.0, 0.003, 0.019, 0.071)[i - 1], "copies_control": 0.002 * (i > 2)}
+    {
+        "step": 500 * i,
+        "images_seen": 32000 * i,
+        "copies": (0.0, 0.003, 0.019, 0.071)[i - 1],
+        "copies_control": 0.002 * (i > 2),
+    }
     for i in range(1, 5)
 ]
 FINDINGS = {
     "early_stop": {"curve": CURVE, "released_step": 1000, "onset_step": 1500, "rule": "Copies of more than 1.00%."},
-    "output_filter": {"threshold": 0.7316, "false_alarm_rate": 0.0102, "redrawn": 119, "withheld": 3, "seconds_per_image": 0.0047},
+    "output_filter": {
+        "threshold": 0.7316,
+        "false_alarm_rate": 0.0102,
+        "redrawn": 119,
+        "withheld": 3,
+        "seconds_per_image": 0.0047,
+    },
 }
 
 
@@ -51,7 +62,13 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
     shares, _, names, verified, kid, seconds = row
     directory = f"{shares}-s{seed}/eval/{name}" if shares else f"{name}-s{seed}"
     command = f"accelerate launch train/run.py --config configs/quickstart.yaml run.seed={seed} run.name={directory}"
-    run = {"seed": seed, "status": "failed", "error": "out of memory in step 17", "directory": directory, "command": command}
+    run = {
+        "seed": seed,
+        "status": "failed",
+        "error": "out of memory in step 17",
+        "directory": directory,
+        "command": command,
+    }
     run |= {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
     if verified[seed] is None:
         return run, None
@@ -60,14 +77,18 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
         (folder / directory / "manifest.csv").rename(folder / f"{shares}-s{seed}" / "manifest.csv")
     report = _report(verified[seed], kid[seed], seconds, seed, name)
     extraction = report["privacy"]["extraction"]
-    values = {key: value for key, value in flatten(report) if isinstance(value, int | float) and not isinstance(value, bool)}
+    values = {
+        key: value for key, value in flatten(report) if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     run |= {"status": "done", "error": None, "values": values, "by_copies": extraction["by_copies"]}
     run["findings"] = [{"name": part, **FINDINGS[part]} for part in names if part in FINDINGS]
     if not shares:
         run["along"] = [_along(step, verified[seed], kid[seed]) for step in (500, 1000, 1500)]
     if name == "output_filter":
         off = _extraction(ARMS["none"][3][seed])
-        run["guard_off"] = {key: off[key] for key in ("verified", "verified_units", "candidates", "control", "by_copies")}
+        run["guard_off"] = {
+            key: off[key] for key in ("verified", "verified_units", "candidates", "control", "by_copies")
+        }
     return run, made
 
 
@@ -89,7 +110,10 @@ def _extraction(verified: int) -> dict[str, Any]:
         "1": {"pictures": 32, "verified": once},
         "12": {"pictures": 8, "verified": verified - once},
     }
-    extraction["control"] |= {"verified": int(verified == 1), "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013)}
+    extraction["control"] |= {
+        "verified": int(verified == 1),
+        "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013),
+    }
     return extraction | {"by_correlation": {"verified": max(0, verified - 1)}}
 
 
@@ -125,7 +149,14 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     if name != "none" and found:
         test = {"p_value": 0.0417, "p_value_holm": 0.0834, "test": "permutation of units", "units": 34}
         arm["versus_reference"] = {
-            "verified": {"differences": differences, "sign": "less", "ties": 0, "agree": True, **test, **_mean(differences)},
+            "verified": {
+                "differences": differences,
+                "sign": "less",
+                "ties": 0,
+                "agree": True,
+                **test,
+                **_mean(differences),
+            },
         }
     matched = {"metric": "kid", "level": 0.0163, "n": len(found), "note": "no checkpoint is that good"}
     reached = bool(found) and not below
@@ -136,7 +167,12 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[str, Any]:
-    facts = {"name": folder.name, "started": "2026-11-24T20:00:00Z", "finished": "2026-11-24T21:07:00Z", "seconds": 4020.5}
+    facts = {
+        "name": folder.name,
+        "started": "2026-11-24T20:00:00Z",
+        "finished": "2026-11-24T21:07:00Z",
+        "seconds": 4020.5,
+    }
     facts |= {"command": "python launch/compare.py --config configs/comparison.yaml", "config_sha256": "cd" * 32}
     facts |= {"config": {"run": {"name": folder.name}}, "versions": {"torch": "2.15.0"}}
     facts |= {"hardware": {"cpu": "Test CPU", "cores": 2, "memory_bytes": 8 * 2**30, "accelerators": []}}
@@ -147,14 +183,25 @@ def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[s
     points = {stage: [_point(arm, stage) for arm in done] for stage in ("weights", "outputs")}
     front = ["none", "dedup", "dedup+augment", "dpsgd-eps8"]
     fronts = {
-        stage: {"x": "kid", "y": "verified", "front": front + ["output_filter"] * (stage == "outputs"), "points": points[stage]}
+        stage: {
+            "x": "kid",
+            "y": "verified",
+            "front": front + ["output_filter"] * (stage == "outputs"),
+            "points": points[stage],
+        }
         for stage in points
     }
     drawn = {"factor": "data.phantom.copies", "levels": [1, 4, 16], "verified": [0.5, 3.5, 7.5], "low": [0.0, 1.1, 5.9]}
     drawn |= {"high": [2.3, 6.2, 9.1], "rate": [0.0125, 0.0875, 0.1875]}
     drawn |= {"test": {"name": "rank correlation, permutation of levels within seeds", "p_value": 0.0278}}
     lines = ["Membership was not measured.", "Attack size: tier smoke. The next one, small, means 8,192 generations."]
-    return {"schema": 1, "comparison": facts, "design": design | {"features": "random-conv"}, "arms": arms, "fronts": fronts} | {
+    return {
+        "schema": 1,
+        "comparison": facts,
+        "design": design | {"features": "random-conv"},
+        "arms": arms,
+        "fronts": fronts,
+    } | {
         "trend": drawn if trend else None,
         "not_measured": lines,
     }

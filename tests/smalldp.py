@@ -67,11 +67,13 @@ def begun(folder: Path, groups: list[str | None] | int = 40, steps: int = 7, bat
     pool = Pool(np.zeros((len(groups), 1, 2, 2), np.uint8), np.arange(len(groups)), [""] * len(groups), groups)
     context = RunContext(
         pool=pool,
+        control=np.arange(0),
         steps=steps,
         batch_size=batch_size,
         accumulation=settings.pop("accumulation", 1),
         precision="fp32",
         seed=0,
+        checkpoint_every=steps,
         nonprivate_metrics=settings.pop("nonprivate_metrics", False),
         folder=folder,
         accelerator=Accelerator(cpu=True),

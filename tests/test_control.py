@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from defenses.neighbours import adaptive_score, search
+from defenses.references import shuffled
 from eval.control import PooledLists, Rule, _pooled, _Rerun, control, permutation_p_value
 from eval.extraction import ExtractionConfig, adaptive_rule, untargeted
-from eval.pictures import shuffled
 from tests.reference import brute_force, fabricated
 
 

@@ -119,7 +119,8 @@ def build_trainer(
             save_grid(directory.samples / f"step-{step}.png", images)
 
     def view(step: int) -> CheckpointView:
-        return CheckpointView(step, draw_samples, pool_of(dataset, config.run.seed), dataset.rows("calibration"))
+        pool, control = pool_of(dataset, config.run.seed), dataset.rows("calibration")
+        return CheckpointView(step, draw_samples, pool, control, state.images_seen)
 
     trainer = Trainer(
         config=settings,
@@ -171,11 +172,13 @@ def begin(
     settings = config.train
     context = RunContext(
         pool=pool_of(dataset, config.run.seed),
+        control=dataset.rows("calibration"),
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
         precision=settings.precision,
         seed=config.run.seed,
+        checkpoint_every=settings.checkpoint_every,
         nonprivate_metrics=config.report.nonprivate_metrics,
         folder=directory.path,
         accelerator=accelerator,
