@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml
 TEST_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test test-fast lint format smoke bench audit mutants clean
+.PHONY: demo compare test test-fast lint format smoke bench audit mutants clean
 
 demo: $(VENV)/.installed
 	$(LAUNCH) train/run.py $(ARGS)
 	@echo "open runs/quickstart/report.html; then compare: make demo ARGS='defenses.dedup={} run.name=quickstart-dedup'"
+
+# What each defense buys and what it costs: six arms, two seeds, one report. The same command resumes.
+compare: $(VENV)/.installed
+	$(BIN)/python launch/compare.py --config configs/compare/phantom.yaml $(ARGS)
 
 # One test process per core, with one thread each: small tensors do not fill several cores.
 test: $(VENV)/.installed-test

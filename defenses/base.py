@@ -302,10 +302,6 @@ class Defense(ABC):
     def claim(self) -> dict[str, Any]:
         """What is promised, as in report.json: ``{"kind": "heuristic", "statement": ...}`` or ``{"kind": "dp", ...}``."""
 
-    def gather(self, accelerator: Any) -> None:
-        """On all ranks, before `findings`: brings together what every rank measured by itself."""
-        return None
-
     def findings(self) -> dict[str, Any] | None:
         """What the defense measured while it worked, for report.json (JSON values); None: nothing."""
         return None

@@ -116,7 +116,7 @@ def view_of(
 ) -> CheckpointView:
     """What the defense would have seen after this checkpoint: the same images from the same weights."""
     folder = output.path / "replay"
-    on_main(accelerator, lambda: checkpoint_pipeline(config, directory, step, folder))
+    facts = on_main(accelerator, lambda: checkpoint_pipeline(config, directory, step, folder))
     device = accelerator.device
     model = UNet2DModel.from_pretrained(
         folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
@@ -126,14 +126,14 @@ def view_of(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-    classes = json.loads((directory.path / RECORD).read_text())["classes"]
-    frequency = sampling_frequency(config, dataset, [], classes)
+    frequency = sampling_frequency(config, dataset, [], facts["classes"])
 
     @torch.no_grad()
     def draw(indices: Sequence[int]) -> torch.Tensor:
         return sample_on_all_ranks(config, model, schedule, frequency, indices, accelerator)
 
-    return CheckpointView(step, draw, pool_of(dataset, config.run.seed), dataset.rows("calibration"))
+    pool, control = pool_of(dataset, config.run.seed), dataset.rows("calibration")
+    return CheckpointView(step, draw, pool, control, facts["images_seen"])
 
 
 def write_model(

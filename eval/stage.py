@@ -64,8 +64,6 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
         measure_unguarded(found, target, config, accelerator)
     if target.facts:
         found.along = along_training(target, config, accelerator)
-    for defense in target.defenses:
-        defense.gather(accelerator)
     report = on_main(accelerator, lambda: assemble(target, config, source, found, accelerator))
     if accelerator.is_main_process:
         write(target, config, report, found)

@@ -70,7 +70,8 @@ def target_of(directory: RunDirectory, output: RunDirectory, config: SimpleNames
 def sampling_context(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> SamplingContext:
     """What defenses at seam 6 may use: all training records, those that a defense removed among them."""
     pool = replace(pool_of(target.dataset, config.run.seed), rows=target.dataset.rows("train"))
-    return SamplingContext(pool, target.dataset.rows("calibration"), target.pipeline, accelerator)
+    control = target.dataset.rows("calibration")
+    return SamplingContext(pool, control, target.pipeline, accelerator, records=target.output.path)
 
 
 def pictures_of(dataset: Dataset, split: str) -> Pictures | None:

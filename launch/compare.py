@@ -18,7 +18,6 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -48,10 +47,11 @@ def main(arguments: cli.Arguments) -> int:
     started, before = timestamp(), time.monotonic()
     try:
         outcomes = jobs.run_all(whole.jobs, whole.config.launcher, whole.folder / "logs", say)
-    except jobs.Stopped:
+    except jobs.Stopped as stop:
+        record(whole, stop.outcomes, started, time.monotonic() - before)
         say("stopped; the same command goes on where it was")
         return 1
-    record(whole, outcomes, started)
+    record(whole, outcomes, started, time.monotonic() - before)
     report(whole, outcomes, started)
     failed = [label for label, outcome in outcomes.items() if outcome.status != "done"]
     say(f"{len(outcomes) - len(failed)} of {len(outcomes)} done, {duration(time.monotonic() - before)}")
@@ -79,10 +79,11 @@ def open_folder(whole: Plan) -> None:
         file.write(OmegaConf.to_yaml(whole.tree))
 
 
-def record(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None:
-    """Remembers the start and the wall-clock seconds of every arm over all stops, in ``progress.json``."""
+def record(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str, seconds: float) -> None:
+    """Remembers in ``progress.json`` the start and the wall-clock seconds, whole and of every job, over all stops."""
     file = whole.folder / "progress.json"
-    known = json.loads(file.read_text()) if file.exists() else {"started": started, "seconds": {}}
+    known = json.loads(file.read_text()) if file.exists() else {"started": started, "total": 0.0, "seconds": {}}
+    known["total"] += seconds
     for label, outcome in outcomes.items():
         if outcome.seconds is not None:
             known["seconds"][label] = known["seconds"].get(label, 0.0) + outcome.seconds
@@ -101,7 +102,8 @@ def report(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None
         "config": resolved,
         "hardware": hardware(),
         "versions": versions(),
-        "seconds": progress["seconds"],
+        "seconds": progress["total"],
+        "job_seconds": progress["seconds"],
     }
     config = whole.config
     result = comparison.assemble(

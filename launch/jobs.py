@@ -39,7 +39,11 @@ class _Running:
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came; what was running has saved its state."""
+    """SIGTERM or SIGINT came; what was running has saved its state. ``outcomes``: of what had ended by itself."""
+
+    def __init__(self, outcomes: dict[str, Outcome]):
+        self.outcomes = outcomes
+        super().__init__("stopped by a signal")
 
 
 def run_all(jobs: list[Job], config: LauncherConfig, logs: Path, say: Callable[[str], None]) -> dict[str, Outcome]:
@@ -64,7 +68,7 @@ def run_all(jobs: list[Job], config: LauncherConfig, logs: Path, say: Callable[[
                     text = "done" if outcome.status == "done" else f"FAILED: {outcome.error}"
                     say(f"{each.job.label}: {text}, {duration(outcome.seconds)} ({len(outcomes)} of {len(jobs)})")
                 if received:
-                    raise Stopped
+                    raise Stopped(outcomes)
                 time.sleep(POLL_SECONDS)
         finally:
             _end([each.process for each in running])
