@@ -255,14 +255,14 @@ def test_matched_at_the_worst_of_the_best_without_a_floor(planted):
 
 
 def test_checkpoints_after_the_released_one_do_not_count(planted):
-    """An early stop that releases step 200: what came later is never given out."""
+    """An early stop that releases step 150 at a kid of 0.03: that later steps fall below the floor helps nobody."""
     arms, options = planted
     run = arms["dedup"].runs[0]
     edit_report(run, "model.released_step", 150)
-    edit_report(run, "utility.kid", 0.019)
-    found = assemble([arms["none"], arms["dedup"]], **options)["arms"][1]["matched"]["runs"][0]
-    share = (0.0403 - 0.02) / (0.0403 - 0.019)
-    assert found["step"] == pytest.approx(100 + 50 * share) and found["verified"] == pytest.approx(2 * share)
+    edit_report(run, "utility.kid", 0.03)
+    none, dedup = (arm["matched"] for arm in assemble([arms["none"], arms["dedup"]], **options)["arms"])
+    assert none["level"] == dedup["level"] == 0.03
+    assert dedup["runs"][0] == {"seed": 0, "verified": 2, "step": 150}
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,14 @@ def test_a_factor_and_its_trend(planted):
     assert result["design"]["training_pictures"] is None and result["design"]["training_records"] == 36
     with pytest.raises(UserError, match="data.clusters"):
         assemble(chosen, **options | {"factor": "model.size"})
+
+
+def test_a_factor_may_not_vary_within_an_arm(planted):
+    arms, options = planted
+    chosen = [dataclasses.replace(arms[name], level=level) for name, level in (("none", 1), ("dedup", 2))]
+    edit_report(chosen[1].runs[1], "data.train", 37)
+    with pytest.raises(UserError, match=r"arm dedup \(seed 0\) has 36, arm dedup \(seed 1\) has 37"):
+        assemble(chosen, **options | {"factor": "data.phantom.copies"})
 
 
 def test_levels_that_are_names_keep_their_order(planted):

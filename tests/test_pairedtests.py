@@ -79,7 +79,7 @@ def test_a_real_difference_is_found():
 
 def test_unit_differences_by_hand():
     unit_of = {10: 0, 11: 0, 12: 1, 13: 2}
-    seeds = [(frozenset({11}), frozenset({10, 12})), (frozenset(), frozenset({10, 12, 11}))]
+    seeds = [(frozenset({11, 13}), frozenset({10, 12, 13})), (frozenset(), frozenset({10, 12, 11}))]
     assert unit_differences(seeds, unit_of) == {0: -2, 1: -2, 2: 0}
     assert unit_differences([], unit_of) == {0: 0, 1: 0, 2: 0}
     with pytest.raises(KeyError):
