@@ -41,8 +41,8 @@ def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> No
     first: dict[str, tuple[Arm, Outcome]] = {}
     for arm, outcome in done:
         own = first.setdefault(arm.name, (arm, outcome))
-        _compare(own, (arm, outcome), None)
         _compare(done[0], (arm, outcome), varied)
+        _compare(own, (arm, outcome), None)
 
 
 def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str | None) -> None:
@@ -53,8 +53,8 @@ def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str |
             raise _refusal(path, one, other, values)
     records = one[1].training.records, other[1].training.records
     if varied != "data" and records[0] is not records[1] and records[0] != records[1]:
-        differing = {key for key in records[0].keys() | records[1].keys() if records[0].get(key) != records[1].get(key)}
-        raise _refusal("manifest.csv", one, other, tuple(records[i].get(min(differing)) for i in range(2)))
+        record = min(key for key in records[0].keys() | records[1].keys() if records[0].get(key) != records[1].get(key))
+        raise _refusal(f"manifest.csv, record {record}", one, other, [each.get(record) for each in records])
 
 
 def _facts(outcome: Outcome, varied: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Loaded = list[tuple[Arm, list[Outcome]]]  # every arm with what its runs gave
 
 
 def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
+    """Leakage and quality of one checkpoint, from an entry of ``along`` in report.json; ``control``: verified there."""
     figures = {name: lookup(point, f"extraction.{name}") for name in ("verified", "candidates", "rate")}
     figures |= {"control": lookup(point, "extraction.control.verified")}
     return (
@@ -25,7 +26,7 @@ def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def guard_off(report: dict[str, Any]) -> dict[str, Any]:
-    """What leaks where the output filter is switched off, that is, what leaks from the weights."""
+    """What leaks where the output filter is switched off, that is, from the weights; ``control``: verified there."""
     extraction = report["privacy"]["extraction_guard_off"]
     return (
         {name: extraction.get(name) for name in GUARD_OFF}
@@ -35,14 +36,17 @@ def guard_off(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def done_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Outcomes that have a report."""
     return [outcome for outcome in outcomes if outcome.report is not None]
 
 
 def values_of(outcomes: list[Outcome], path: str) -> list[float | None]:
+    """Figure at a dotted path of report.json, run by run; None where it was not measured."""
     return [outcome.values.get(path) for outcome in outcomes]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that were measured; None without any."""
     return t_interval([value for value in values if value is not None])["mean"]
 
 

@@ -128,7 +128,8 @@ def _read_outcome(run: ArmRun, trainings: dict[Path, Training]) -> Outcome:
     if run.status != "done":
         return Outcome(run)
     try:
-        report = json.loads((run.directory / "report.json").read_text(encoding="utf-8"))
+        text = (run.directory / "report.json").read_text(encoding="utf-8")
+        report = json.loads(text, parse_constant=_no_json)
     except (OSError, ValueError) as error:
         raise UserError(f"{run.path}/report.json", "cannot be read", "evaluate this run again") from error
     if run.manifest not in trainings:
@@ -184,6 +185,10 @@ def lookup(report: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         report = report.get(key) if isinstance(report, dict) else None
     return report
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _verified(run: ArmRun, training: Training, reported: int) -> frozenset[int]:

@@ -85,9 +85,8 @@ def _design(
 ) -> dict[str, Any]:
     """What all arms have in common; null where they differ, or no run is done. Steps and images are the reference's."""
     reports = [outcome.report for outcome in done_of(outcome for _, outcomes in loaded for outcome in outcomes)]
-    plain = [
-        report for report in reports if report["privacy"].get("extraction_guard_off") is None
-    ]  # no filter withheld images
+    # an output filter may have withheld images from the attack
+    plain = [report for report in reports if report["privacy"].get("extraction_guard_off") is None]
     trained = [outcome.report for outcome in done_of(base)]
     return {
         "reference": reference,
@@ -133,13 +132,13 @@ def _run(outcome: Outcome) -> dict[str, Any]:
     told = {"seed": run.seed, "status": run.status, "error": run.error, "directory": run.path, "command": run.command}
     if report is None:
         return told | {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
-    found = [{"name": each["name"], **each["findings"]} for each in report["defenses"] if each.get("findings")]
+    measured = [defense for defense in report["defenses"] if defense.get("findings") is not None]
     return told | {
         "values": outcome.values,
         "by_copies": lookup(report, f"{EXTRACTION}.by_copies"),
         "along": [checkpoint(point) for point in report.get("along") or []],
         "guard_off": guard_off(report) if outcome.guarded else None,
-        "findings": found,
+        "findings": [{"name": defense["name"], "found": defense["findings"]} for defense in measured],
     }
 
 
@@ -149,9 +148,16 @@ def _claims(done: list[Outcome]) -> list[dict[str, Any]]:
     for outcome in done:
         for defense in outcome.report["defenses"]:
             claim, known = defense["claim"], claims.get(defense["name"])
-            if known is None or (claim.get("epsilon") or 0) > (known.get("epsilon") or 0):
+            if known is None or _budget(claim) > _budget(known):
                 claims[defense["name"]] = {"name": defense["name"], **claim}
     return list(claims.values())
+
+
+def _budget(claim: dict[str, Any]) -> float:
+    """Epsilon of a claim: 0 where a claim has none, infinite where differential privacy is claimed without a number."""
+    if claim["kind"] != "dp":
+        return 0.0
+    return math.inf if claim.get("epsilon") is None else claim["epsilon"]
 
 
 def _kind(done: list[Outcome]) -> str | None:

@@ -86,7 +86,8 @@ def t_interval(values: Sequence[float], least: float = -math.inf, most: float = 
         least, most: range of the quantity; an interval cut to it covers as often.
 
     Returns:
-        ``{"mean", "low", "high", "n", "method"}``; low and high None for one seed, the mean too for none.
+        ``{"mean", "low", "high", "n", "method"}``; low and high None for one seed, and where all seeds agree: equal counts
+        leave no spread to judge by, and an interval of width 0 would claim to know the next seed. No seed: no mean either.
     """
     n = len(values)
     if n == 0:
@@ -94,7 +95,10 @@ def t_interval(values: Sequence[float], least: float = -math.inf, most: float = 
     mean = float(np.mean(values))
     if n == 1:
         return {"mean": mean, "low": None, "high": None, "n": 1, "method": "one seed: no interval"}
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    deviation = float(np.std(values, ddof=1))
+    if deviation <= _SPREAD * abs(mean):
+        return {"mean": mean, "low": None, "high": None, "n": n, "method": f"{n} seeds without spread: no interval"}
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * deviation / math.sqrt(n))
     low, high = max(least, mean - half), min(most, mean + half)
     return {"mean": mean, "low": low, "high": high, "n": n, "method": f"t over {n} seeds"}
 

@@ -197,6 +197,7 @@ def distance_name(features: str | None) -> str:
 
 
 def tier_sentence(extraction: dict[str, Any]) -> str:
+    """How large the attack was, and what the next larger one means; ``extraction`` as in report.json."""
     tier, column = extraction.get("tier"), 1 if extraction["protocol"] == "prompted" else 0
     names = list(TIERS)
     if tier == names[-1]:

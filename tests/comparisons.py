@@ -49,9 +49,13 @@ DEFENSES: dict[str, list[dict[str, Any]]] = {
 FINDINGS = {"filter": {"threshold": 0.731, "false_alarm_rate": 0.01, "replaced": 29, "withheld": 0}}
 
 
-def write_comparison(folder: Path) -> tuple[list[Arm], dict[str, Any]]:
-    """Writes the run directories into ``folder``; returns what `eval.comparison.assemble` takes: arms and keywords."""
-    arms = [_arm(folder, name) for name in DEFENSES]
+def write_comparison(folder: Path, images: bool = True) -> tuple[list[Arm], dict[str, Any]]:
+    """Writes the run directories into ``folder``; returns what `eval.comparison.assemble` takes: arms and keywords.
+
+    Args:
+        images: generations and training pictures, too, which only a page needs.
+    """
+    arms = [_arm(folder, name, images) for name in DEFENSES]
     facts = {
         "started": "2026-11-24T20:00:00Z",
         "finished": "2026-11-24T21:07:00Z",
@@ -175,7 +179,7 @@ def downstream(arm: str, seed: int) -> dict[str, Any]:
     return found | {"train_on_real": real, "settings": {"steps": 500, "learning_rate": 0.001}}
 
 
-def _arm(folder: Path, name: str) -> Arm:
+def _arm(folder: Path, name: str, images: bool) -> Arm:
     shares = "none" if name == "filter" else None
     runs = []
     for seed in SEEDS:
@@ -183,7 +187,7 @@ def _arm(folder: Path, name: str) -> Arm:
         directory = trained / "eval" / name if shares else trained
         failed = (name, seed) == FAILED
         if not failed:
-            _write_run(directory, trained, name, seed)
+            _write_run(directory, trained, name, seed, images)
         runs.append(
             ArmRun(
                 seed=seed,
@@ -198,33 +202,37 @@ def _arm(folder: Path, name: str) -> Arm:
     return Arm(name=name, overrides=overrides, shares=shares, runs=runs)
 
 
-def _write_run(directory: Path, trained: Path, arm: str, seed: int) -> None:
+def _write_run(directory: Path, trained: Path, arm: str, seed: int, images: bool) -> None:
     (directory / "attack").mkdir(parents=True)
-    (directory / "generations").mkdir()
     if directory == trained:
         rows = manifest_rows(salt=f"{arm}{seed}")
         _table(trained / "manifest.csv", rows)
-        _write_prepared(trained / "prepared", rows)
-    matches = []
-    for index in range(GENERATIONS):
-        matches.append(_write_generation(directory / "generations", index, LEAKED[arm, seed]))
-    _table(directory / "attack" / "matches.csv", matches)
+        if images:
+            _write_prepared(trained / "prepared", rows)
+    leaked = LEAKED[arm, seed]
+    _table(directory / "attack" / "matches.csv", [_match(index, leaked) for index in range(GENERATIONS)])
+    if images:
+        _write_generations(directory / "generations", leaked)
     (directory / "report.json").write_text(json.dumps(report_of(arm, seed), indent=1, allow_nan=False))
 
 
-def _write_generation(folder: Path, index: int, leaked: list[int]) -> dict[str, Any]:
-    """Saves generation ``index``, a copy of the index-th leaked picture or of none; returns its row of matches.csv."""
+def _match(index: int, leaked: list[int]) -> dict[str, Any]:
+    """Row of matches.csv: generation ``index`` copies the index-th leaked picture, or none."""
     copied = index < len(leaked)
     number = leaked[index] if copied else index % PICTURES
-    pixels = picture(number)
-    pixels[0, :4, :4] = 200 if copied else 0
-    if not copied:
-        pixels = 255 - pixels
-    Image.fromarray(pixels[0]).save(folder / f"{index:06d}.png")
     copy = number % COPIES if number < COPIED else 0  # any member of the cluster may be the nearest
     row = {"generation": f"{index:06d}.png", "record_id": _id(f"train/{number:02d}-{copy}.png")}
     score = 0.4 + index / 100 if copied else 1.2 + index / 100
     return row | {"l2": score / 10, "adaptive_score": score, "clique": "", "verified": str(copied).lower()}
+
+
+def _write_generations(folder: Path, leaked: list[int]) -> None:
+    folder.mkdir()
+    for index in range(GENERATIONS):
+        copied = index < len(leaked)
+        pixels = picture(leaked[index]) if copied else 255 - picture(index % PICTURES)
+        pixels[0, :4, :4] = 200
+        Image.fromarray(pixels[0]).save(folder / f"{index:06d}.png")
 
 
 def _write_prepared(folder: Path, rows: list[dict[str, Any]]) -> None:
