@@ -27,12 +27,23 @@ ARMS: dict[str, Any] = {
     "gan": (None, "none", [], (None, None), (None, None), None),
 }
 CURVE = [
-    {"step": 500 * i, "images_seen": 32000 * i, "copies": (0.0, 0.003, 0.019, 0.071)[i - 1], "copies_control": 0.002 * (i > 2)}
+    {
+        "step": 500 * i,
+        "images_seen": 32000 * i,
+        "copies": (0.0, 0.003, 0.019, 0.071)[i - 1],
+        "copies_control": 0.002 * (i > 2),
+    }
     for i in range(1, 5)
 ]
 FINDINGS = {
     "early_stop": {"curve": CURVE, "released_step": 1000, "onset_step": 1500, "rule": "Copies of more than 1.00%."},
-    "output_filter": {"threshold": 0.7316, "false_alarm_rate": 0.0102, "redrawn": 119, "withheld": 3, "seconds_per_image": 0.0047},
+    "output_filter": {
+        "threshold": 0.7316,
+        "false_alarm_rate": 0.0102,
+        "redrawn": 119,
+        "withheld": 3,
+        "filter_seconds_per_image": 0.0047,
+    },
 }
 
 
@@ -51,7 +62,13 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
     shares, _, names, verified, kid, seconds = row
     directory = f"{shares}-s{seed}/eval/{name}" if shares else f"{name}-s{seed}"
     command = f"accelerate launch train/run.py --config configs/quickstart.yaml run.seed={seed} run.name={directory}"
-    run = {"seed": seed, "status": "failed", "error": "out of memory in step 17", "directory": directory, "command": command}
+    run = {
+        "seed": seed,
+        "status": "failed",
+        "error": "out of memory in step 17",
+        "directory": directory,
+        "command": command,
+    }
     run |= {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
     if verified[seed] is None:
         return run, None
@@ -60,14 +77,17 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
         (folder / directory / "manifest.csv").rename(folder / f"{shares}-s{seed}" / "manifest.csv")
     report = _report(verified[seed], kid[seed], seconds, seed, name)
     extraction = report["privacy"]["extraction"]
-    values = {key: value for key, value in flatten(report) if isinstance(value, int | float) and not isinstance(value, bool)}
+    values = {
+        key: value for key, value in flatten(report) if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     run |= {"status": "done", "error": None, "values": values, "by_copies": extraction["by_copies"]}
     run["findings"] = [{"name": part, **FINDINGS[part]} for part in names if part in FINDINGS]
     if not shares:
         run["along"] = [_along(step, verified[seed], kid[seed]) for step in (500, 1000, 1500)]
     if name == "output_filter":
         off = _extraction(ARMS["none"][3][seed])
-        run["guard_off"] = {key: off[key] for key in ("verified", "verified_units", "candidates", "control", "by_copies")}
+        run["guard_off"] = {key: off[key] for key in ("verified", "verified_units", "candidates", "by_copies")}
+        run["guard_off"] |= {"control": off["control"]["verified"], "kid": ARMS["none"][4][seed]}
     return run, made
 
 
@@ -77,8 +97,6 @@ def _report(verified: int, kid: float, seconds: float, seed: int, name: str) -> 
     report["utility"] |= {"kid": kid, "fid": round(15.3 * kid, 5), "precision": round(0.9 - 5 * kid, 4)}
     report["utility"] |= {"recall": round(0.7 - 4 * kid, 4), "downstream": fabricate_downstream()}
     report["cost"] |= {"train_seconds": seconds + 3.1 * seed, "images_per_second": round(29800 / seconds, 3)}
-    if name == "output_filter":
-        report["utility"]["guard_off"] = {"kid": ARMS["none"][4][seed]}
     return report
 
 
@@ -89,7 +107,10 @@ def _extraction(verified: int) -> dict[str, Any]:
         "1": {"pictures": 32, "verified": once},
         "12": {"pictures": 8, "verified": verified - once},
     }
-    extraction["control"] |= {"verified": int(verified == 1), "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013)}
+    extraction["control"] |= {
+        "verified": int(verified == 1),
+        "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013),
+    }
     return extraction | {"by_correlation": {"verified": max(0, verified - 1)}}
 
 
@@ -119,13 +140,26 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     arm |= {"protects": "outputs" if name == "output_filter" else "weights"}
     arm["summary"] = {key: _mean([values[key] for values in found]) for key in keys}
     below = bool(found) and _mean([values["utility.kid"] for values in found])["mean"] > ABOVE
-    why = f"KID 0.1213 is above the stated {ABOVE}." if below else None if found else "No run finished."
+    why = (
+        f"mean kid over the seeds, 0.1213, is above the stated {ABOVE}"
+        if below
+        else None
+        if found
+        else "no run of this arm finished"
+    )
     arm |= {"comparable": None if not found else not below, "why": why, "versus_reference": None}
     differences = [a - b for a, b in zip(verified, ARMS["none"][3], strict=True) if a is not None]
     if name != "none" and found:
         test = {"p_value": 0.0417, "p_value_holm": 0.0834, "test": "permutation of units", "units": 34}
         arm["versus_reference"] = {
-            "verified": {"differences": differences, "sign": "less", "ties": 0, "agree": True, **test, **_mean(differences)},
+            "verified": {
+                "differences": differences,
+                "sign": "less",
+                "ties": 0,
+                "agree": True,
+                **test,
+                **_mean(differences),
+            },
         }
     matched = {"metric": "kid", "level": 0.0163, "n": len(found), "note": "no checkpoint is that good"}
     reached = bool(found) and not below
@@ -136,25 +170,41 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[str, Any]:
-    facts = {"name": folder.name, "started": "2026-11-24T20:00:00Z", "finished": "2026-11-24T21:07:00Z", "seconds": 4020.5}
+    facts = {
+        "name": folder.name,
+        "started": "2026-11-24T20:00:00Z",
+        "finished": "2026-11-24T21:07:00Z",
+        "seconds": 4020.5,
+    }
     facts |= {"command": "python launch/compare.py --config configs/comparison.yaml", "config_sha256": "cd" * 32}
     facts |= {"config": {"run": {"name": folder.name}}, "versions": {"torch": "2.15.0"}}
     facts |= {"hardware": {"cpu": "Test CPU", "cores": 2, "memory_bytes": 8 * 2**30, "accelerators": []}}
     design = {"reference": "none", "seeds": [0, 1], "factor": None, "utility": {"metric": "kid", "at_most": ABOVE}}
     design |= {"generations": 4871, "sampler": {"name": "ddim", "steps": 25}, "tier": "smoke", "steps": 2011}
-    design |= {"images_seen": 128704, "training_pictures": 40, "heldout_pictures": 31, "unit": "patient"}
+    design |= {
+        "images_seen": 128704,
+        "training_pictures": 40,
+        "training_records": 128,
+        "heldout_records": 61,
+        "unit": "patient",
+    }
     done = [arm for arm in arms if arm["comparable"] is not None]
     points = {stage: [_point(arm, stage) for arm in done] for stage in ("weights", "outputs")}
-    front = ["none", "dedup", "dedup+augment", "dpsgd-eps8"]
     fronts = {
-        stage: {"x": "kid", "y": "verified", "front": front + ["output_filter"] * (stage == "outputs"), "points": points[stage]}
+        stage: {"x": "kid", "y": "verified", "front": _front(points[stage]), "points": points[stage]}
         for stage in points
     }
     drawn = {"factor": "data.phantom.copies", "levels": [1, 4, 16], "verified": [0.5, 3.5, 7.5], "low": [0.0, 1.1, 5.9]}
     drawn |= {"high": [2.3, 6.2, 9.1], "rate": [0.0125, 0.0875, 0.1875]}
     drawn |= {"test": {"name": "rank correlation, permutation of levels within seeds", "p_value": 0.0278}}
     lines = ["Membership was not measured.", "Attack size: tier smoke. The next one, small, means 8,192 generations."]
-    return {"schema": 1, "comparison": facts, "design": design | {"features": "random-conv"}, "arms": arms, "fronts": fronts} | {
+    return {
+        "schema": 1,
+        "comparison": facts,
+        "design": design | {"features": "random-conv"},
+        "arms": arms,
+        "fronts": fronts,
+    } | {
         "trend": drawn if trend else None,
         "not_measured": lines,
     }
@@ -164,4 +214,10 @@ def _point(arm: dict[str, Any], stage: str) -> dict[str, Any]:
     y = arm["summary"]["privacy.extraction.verified"]["mean"]
     if stage == "weights" and arm["protects"] == "outputs":
         y = float(np.mean([run["guard_off"]["verified"] for run in arm["runs"]]))
-    return {"arm": arm["name"], "x": arm["summary"]["utility.kid"]["mean"], "y": y}
+    return {"arm": arm["name"], "x": arm["summary"]["utility.kid"]["mean"], "y": y, "comparable": arm["comparable"]}
+
+
+def _front(points: list[dict[str, Any]]) -> list[str]:
+    ranked = [point for point in points if point["comparable"]]
+    beaten = [any(b["x"] <= a["x"] and b["y"] <= a["y"] and b is not a for b in ranked) for a in ranked]
+    return [point["arm"] for point, worse in zip(ranked, beaten, strict=True) if not worse]
