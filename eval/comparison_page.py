@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from eval import comparison_plots, standings, evidence, pages, wording
+from eval import comparison_plots, evidence, pages, standings, wording
 from eval.quoted import Quoted
 from train.files import atomic
 

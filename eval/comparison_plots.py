@@ -1,5 +1,6 @@
 """Figures of a comparison, in the style of the report's."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -7,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eval import plots
-from eval.standings import VERIFIED
 from eval.plots import ARMS, Themed, legend, render
+from eval.standings import VERIFIED
 
 MARKERS = "osD^vPX*"
-PLANE, LINES, PANEL = (6.0, 4.0), (6.0, 3.4), (3.3, 2.3)
+PLANE, LINES, PANEL = (4.6, 3.5), (4.8, 3.1), (2.7, 2.0)  # inches: the lettering is to be read on a phone
 EXTRACTED = "distinct pictures extracted"
 
 
@@ -170,7 +171,7 @@ def _curves(
             else:
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if across[0] == utility:
-            _labels(axes, ends)
+            _labels(axes, ends, [[(p[across[0]], p[up[0]]) for p in points] for points in lines.values()])
         else:
             _end_labels(axes, ends)
 
@@ -219,14 +220,24 @@ def _from_zero(axes: Axes) -> tuple[float, float]:
     return min(axes.dataLim.y0, 0.0) - 0.04 * top, top * 1.12
 
 
-def _labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float = 10.0) -> None:
-    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least."""
+def _labels(
+    axes: Axes,
+    points: list[tuple[float, float, str, str]],
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+    font: float = 10.0,
+) -> None:
+    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least, ``lines`` too."""
     axes.figure.draw_without_rendering()  # the layout is known only now
     scale = 72 / axes.figure.dpi
     frame = axes.get_window_extent()
     low, high = np.array([frame.x0, frame.y0]) * scale, np.array([frame.x1, frame.y1]) * scale
     at = axes.transData.transform([(x, y) for x, y, _, _ in points]) * scale
     taken = [(*(spot - 5), *(spot + 5)) for spot in at]
+    for line in lines:
+        bends = axes.transData.transform(line) * scale
+        stops = np.linspace(0, len(bends) - 1, 12 * len(bends))
+        on_line = [np.interp(stops, range(len(bends)), bends[:, side]) for side in (0, 1)]
+        taken += [(*(spot - 1.5), *(spot + 1.5)) for spot in np.stack(on_line, axis=1)]
     for spot, (x, y, name, colour) in zip(at, points, strict=True):
         size = np.array([0.56 * font * len(name), 1.2 * font])
         boxes = [(*(corner := _corner(spot, size, side, far)), *(corner + size)) for side, far in _PLACES]
