@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from eval import comparison_plots, comparison_words, evidence, pages, wording
+from eval import comparison_plots, evidence, pages, standings, wording
 from eval.quoted import Quoted
 from train.files import atomic
 
@@ -23,9 +23,15 @@ FINDINGS = {
     "threshold": "threshold: what comes nearer is a copy",
     "false_alarm_rate": "false-alarm rate on calibration pictures, as asked for",
     "redrawn": "images drawn again",
-    "replaced": "images drawn again",
     "withheld": "images withheld",
-    "seconds_per_image": "seconds per image that the filter takes",
+    "generations": "images drawn",
+    "flagged": "flagged at their first drawing",
+    "filter_seconds_per_image": "seconds per image that the filter takes",
+    "calibration_pictures": "calibration pictures that set the threshold",
+    "calibration_units": "people, or pictures without one, behind them",
+    "calibration_flagged": "share of the calibration pictures that are flagged",
+    "index_pictures": "training pictures in the index",
+    "index_side": "pixels a side at which pictures are held against each other",
     "released_step": "step of the released checkpoint",
     "onset_step": "step at which copies set in",
     "released_is_clean": "released checkpoint is within the tolerance",
@@ -61,19 +67,20 @@ def render(
         restricted=restricted,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        words=comparison_words,
-        groups=(groups := comparison_words.groups(arms)),
-        level=comparison_words.level(arms),
-        titles=comparison_words.TITLES,
+        words=standings,
+        groups=standings.groups(arms),
+        level=standings.level(arms),
+        titles=standings.TITLES,
         reference=_reference(comparison),
-        distance_name=wording.distance_name(comparison["design"].get("features")),
+        distance="FID" if comparison["design"]["features"] == "inception" else "Fréchet distance",
+        features_text=wording.FEATURES.get(features := comparison["design"]["features"], features),
+        measured=[index for index, arm in enumerate(arms) if arm["summary"]],
+        downstream=any("utility.downstream.accuracy" in arm["summary"] for arm in arms),
         figures=_figures(comparison),
         findings=[_findings(arm) for arm in arms],
         evidence=[] if restricted else _evidence(folder, arms, images, pairs),
         grids=[] if restricted else _grids(folder, arms, grid),
         fields=_fields(comparison, restricted),
-        has=lambda key: any(key in (run["values"] or {}) for arm in arms for run in arm["runs"]),
-        ranked=[index for index in range(len(arms)) if index not in groups["below"] + groups["unfinished"]],
     )
     with atomic(folder / "comparison.html") as file:
         file.write(page)

@@ -1,5 +1,6 @@
 """Figures of a comparison, in the style of the report's."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -7,12 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eval import plots
-from eval.comparison_words import VERIFIED
 from eval.plots import ARMS, Themed, legend, render
+from eval.standings import VERIFIED
 
 MARKERS = "osD^vPX*"
-PLANE, LINES, PANEL = (6.0, 4.0), (6.0, 3.4), (3.3, 2.3)
-STAGES = {"weights": "weights released", "outputs": "only outputs released"}
+PLANE, LINES, PANEL = (4.6, 3.5), (4.8, 3.1), (2.7, 2.0)  # inches: the lettering is to be read on a phone
+EXTRACTED = "distinct pictures extracted"
 
 
 def style(index: int) -> tuple[str, str]:
@@ -39,9 +40,10 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
         for point in points:
             number = index[point["arm"]]
             _spread(axes, comparison["arms"][number], block["x"], stage, style(number)[0])
-            _mark(axes, point, number, comparison["arms"][number]["comparable"] is not False)
-        _metric_axis(axes, [p["x"] for p in points] + ([floor] if floor else []), block["x"])
-        axes.set(ylabel="distinct pictures extracted", ylim=(*_from_zero(axes),))
+            _mark(axes, point, number, point["comparable"])
+        _scale(axes, "x", [p["x"] for p in points] + ([floor] if floor else []))
+        axes.margins(x=0.08)
+        axes.set(xlabel=_name(block["x"]), ylabel=EXTRACTED, ylim=_from_zero(axes))
         if floor is not None:
             axes.axvline(floor, color=colours["text"], linestyle=":", linewidth=1)
             axes.annotate(
@@ -54,15 +56,15 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
 
 
 def trajectories(comparison: dict[str, Any]) -> Themed | None:
-    """Verified pictures over the utility metric along training, one line per arm, from the first checkpoint to the last."""
+    """Verified pictures over the utility metric along training, one line per arm, from the first checkpoint to the released."""
     metric = comparison["design"]["utility"]["metric"]
-    return _curves(comparison, lambda point: (point[metric], point["verified"]), metric, "distinct pictures extracted")
+    return _curves(comparison, (metric, _name(metric)), ("verified", EXTRACTED), PLANE)
 
 
 def over_images(comparison: dict[str, Any], quantity: str) -> Themed | None:
     """``quantity``, "verified" or a utility metric, over the images seen in training, one line per arm."""
-    label = "distinct pictures extracted" if quantity == "verified" else f"{quantity.upper()} (lower is better)"
-    return _curves(comparison, lambda point: (point["images_seen"], point[quantity]), None, label)
+    label = EXTRACTED if quantity == "verified" else _name(quantity)
+    return _curves(comparison, ("images_seen", "images seen in training"), (quantity, label), LINES)
 
 
 def copies(arm: dict[str, Any]) -> Themed | None:
@@ -98,7 +100,7 @@ def trend(block: dict[str, Any]) -> Themed | None:
         axes.set_xticks(x, [f"{value:g}" if numeric else str(value) for value in levels], parse_math=False)
         axes.set_xticks([], minor=True)
         axes.set_xlabel(block["factor"], parse_math=False)
-        axes.set(ylabel="distinct pictures extracted", ylim=_from_zero(axes))
+        axes.set(ylabel=EXTRACTED, ylim=_from_zero(axes))
 
     return render(draw, LINES)
 
@@ -126,44 +128,54 @@ def early_stop(finding: dict[str, Any]) -> Themed | None:
 
 
 def along(arm: dict[str, Any], metric: str) -> list[dict[str, float]]:
-    """Checkpoints of an arm, the released one last: images_seen, verified and the metric, means over the seeds that have it."""
+    """Checkpoints of an arm up to the released one, the last: images_seen, verified and the metric, means over seeds."""
     points: dict[float, list[dict[str, float]]] = {}
     for run in arm["runs"]:
-        rows, values = list(run["along"]), run["values"] or {}
-        end = {"images_seen": values.get("model.images_seen"), "verified": values.get(VERIFIED)}
-        rows.append(end | {metric: values.get(f"utility.{metric}")})
-        for row in rows:
-            if None not in (found := {key: row.get(key) for key in ("images_seen", "verified", metric)}).values():
+        values = run["values"] or {}
+        steps, seen = values.get("model.steps"), values.get("model.images_seen")
+        released = values.get("model.released_step", steps)
+        if None in (released, seen):
+            continue
+        end = {"images_seen": seen * released / steps, "verified": values.get(VERIFIED)}
+        rows = [row for row in run["along"] if row["step"] < released]
+        for row in [*rows, end | {metric: values.get(f"utility.{metric}")}]:
+            found = {key: row.get(key) for key in ("images_seen", "verified", metric)}
+            if None not in found.values():
                 points.setdefault(found["images_seen"], []).append(found)
     return [{key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for _, rows in sorted(points.items())]
 
 
-def _curves(comparison: dict[str, Any], position, metric: str | None, ylabel: str) -> Themed | None:
-    """One line per arm; ``metric``: name of the x axis, None for images seen."""
+def _curves(
+    comparison: dict[str, Any], across: tuple[str, str], up: tuple[str, str], size: tuple[float, float]
+) -> Themed | None:
+    """One line per arm; ``across`` and ``up``: key of `along` and label of the axis."""
     arms, utility = comparison["arms"], comparison["design"]["utility"]["metric"]
-    lines = {
-        number: [position(point) for point in points]
-        for number, arm in enumerate(arms)
-        if (points := along(arm, utility))
-    }
-    if not any(len(line) > 1 for line in lines.values()):
+    lines = {number: points for number, arm in enumerate(arms) if (points := along(arm, utility))}
+    if not any(len(points) > 1 for points in lines.values()):
         return None
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        for number, line in lines.items():
+        ends = []
+        for number, points in lines.items():
             colour, marker = style(number)
-            x, y = zip(*line, strict=True)
+            x, y = ([point[key] for point in points] for key, _ in (across, up))
             axes.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3)
             _mark(axes, {"x": x[-1], "y": y[-1]}, number, arms[number]["comparable"] is not False)
-        if metric:
-            _metric_axis(axes, [x for line in lines.values() for x, _ in line], metric)
+            ends.append((x[-1], y[-1], arms[number]["name"], colour))
+        axes.set(xlabel=across[1], ylabel=up[1])
+        for side, (key, _) in (("x", across), ("y", up)):
+            if key == utility:
+                _scale(axes, side, [point[key] for points in lines.values() for point in points])
+            elif key == "verified":
+                axes.set_ylim(_from_zero(axes))
+            else:
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        if across[0] == utility:
+            _labels(axes, ends, [[(p[across[0]], p[up[0]]) for p in points] for points in lines.values()])
         else:
-            axes.set_xlabel("images seen in training")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set(ylabel=ylabel, ylim=_from_zero(axes))
-        _labels(axes, [(*line[-1], arms[number]["name"], style(number)[0]) for number, line in lines.items()])
+            _end_labels(axes, ends)
 
-    return render(draw, PLANE if metric else LINES)
+    return render(draw, size)
 
 
 def _mark(axes: Axes, point: dict[str, Any], number: int, full: bool) -> None:
@@ -179,7 +191,7 @@ def _spread(axes: Axes, arm: dict[str, Any], metric: str, stage: str, colour: st
     seeds = []
     for run in arm["runs"]:
         values, off = run["values"] or {}, run["guard_off"] if stage == "weights" else None
-        x = values.get(f"utility.guard_off.{metric}" if off else f"utility.{metric}")
+        x = off.get(metric) if off else values.get(f"utility.{metric}")
         seeds.append((x, off["verified"] if off else values.get(VERIFIED)))
     seeds = [seed for seed in seeds if None not in seed]
     if len(seeds) > 1:
@@ -188,15 +200,19 @@ def _spread(axes: Axes, arm: dict[str, Any], metric: str, stage: str, colour: st
         axes.hlines(y.mean(), x.min(), x.max(), color=colour, linewidth=1.6)
 
 
-def _metric_axis(axes: Axes, values: list[float], metric: str) -> None:
+def _name(metric: str) -> str:
+    return f"{metric.upper()} (lower is better)"
+
+
+def _scale(axes: Axes, side: str, values: list[float]) -> None:
     """Logarithmic where the arms lie far apart, so that the good ones do not fall together."""
-    if min(values) > 0 and max(values) > 8 * min(values):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(plots.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(plots.NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(f"{metric.upper()} (lower is better)")
-    axes.margins(x=0.08)
+    if min(values) <= 0 or max(values) <= 8 * min(values):
+        return
+    axes.set(**{f"{side}scale": "log"})
+    axis = getattr(axes, f"{side}axis")
+    axis.set_major_locator(plots.LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(plots.NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _from_zero(axes: Axes) -> tuple[float, float]:
@@ -204,14 +220,24 @@ def _from_zero(axes: Axes) -> tuple[float, float]:
     return min(axes.dataLim.y0, 0.0) - 0.04 * top, top * 1.12
 
 
-def _labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float = 10.0) -> None:
-    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least."""
+def _labels(
+    axes: Axes,
+    points: list[tuple[float, float, str, str]],
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+    font: float = 10.0,
+) -> None:
+    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least, ``lines`` too."""
     axes.figure.draw_without_rendering()  # the layout is known only now
     scale = 72 / axes.figure.dpi
     frame = axes.get_window_extent()
     low, high = np.array([frame.x0, frame.y0]) * scale, np.array([frame.x1, frame.y1]) * scale
     at = axes.transData.transform([(x, y) for x, y, _, _ in points]) * scale
     taken = [(*(spot - 5), *(spot + 5)) for spot in at]
+    for line in lines:
+        bends = axes.transData.transform(line) * scale
+        stops = np.linspace(0, len(bends) - 1, 12 * len(bends))
+        on_line = [np.interp(stops, range(len(bends)), bends[:, side]) for side in (0, 1)]
+        taken += [(*(spot - 1.5), *(spot + 1.5)) for spot in np.stack(on_line, axis=1)]
     for spot, (x, y, name, colour) in zip(at, points, strict=True):
         size = np.array([0.56 * font * len(name), 1.2 * font])
         boxes = [(*(corner := _corner(spot, size, side, far)), *(corner + size)) for side, far in _PLACES]
@@ -223,6 +249,27 @@ def _labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float
             name, (x, y), (box[:2] - spot + (0, 0.25 * font)), textcoords="offset points", color=colour, fontsize=font,
             parse_math=False, annotation_clip=False, va="baseline",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if far > 12 else None,
+        )  # fmt: skip
+
+
+def _end_labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float = 10.0) -> None:
+    """Names right of the axes, each joined to its point (x, y, name, colour), apart from each other."""
+    axes.figure.draw_without_rendering()
+    heights = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for x, y, _, _ in points]))[:, 1]
+    gap = 1.25 * font / (axes.get_window_extent().height * 72 / axes.figure.dpi)
+    order = np.argsort(heights, kind="stable")
+    place = heights[order].copy()
+    for k in range(1, len(place)):
+        place[k] = max(place[k], place[k - 1] + gap)
+    place -= max(0.0, place[-1] - 1)  # all of them below the top
+    for k in range(len(place) - 2, -1, -1):
+        place[k] = min(place[k], place[k + 1] - gap)
+    for k, height in zip(order, place, strict=True):
+        x, y, name, colour = points[k]
+        axes.annotate(
+            name, (x, y), (1.05, height), textcoords="axes fraction", color=colour, fontsize=font, va="center",
+            parse_math=False, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
 
 

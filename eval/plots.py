@@ -105,7 +105,7 @@ def copies_bars(by_copies: dict[str, dict[str, int]], size: tuple[float, float] 
         for x, (_, pictures, verified) in enumerate(rows):
             axes.annotate(f"{verified}/{pictures}", (x, shares[x]), ha="center", va="bottom", color=colours["text"])
         axes.set_xticks(range(len(rows)), [name for name, _, _ in rows])
-        axes.set(xlabel="copies of the picture in the training split", ylabel="share extracted", ylim=(0, 1.15))
+        axes.set(xlabel="copies in the training split", ylabel="share extracted", ylim=(0, 1.15))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
 
     return render(draw, size)

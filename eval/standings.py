@@ -21,11 +21,7 @@ SIGNS = {
     "more": "more in every seed",
     "equal": "equal in every seed",
     "mixed": "the seeds disagree",
-}
-KINDS = {
-    "dp": "guarantee (differential privacy)",
-    "heuristic": "heuristic, no guarantee",
-    "none": "none: no defense",
+    None: "no seed in common",
 }
 
 
@@ -41,7 +37,7 @@ def standing(arm: dict[str, Any]) -> str:
 def standing_guard_off(arm: dict[str, Any]) -> str:
     """The same for the weights alone, without the filter that wraps the sampling; "unfinished" where there is no filter."""
     found = [run["guard_off"] for run in arm["runs"] if run["guard_off"]]
-    return _standing([{VERIFIED: part["verified"], P_VALUE: (part["control"] or {}).get("p_value")} for part in found])
+    return _standing([{VERIFIED: part["verified"], P_VALUE: part.get("p_value")} for part in found])
 
 
 def _standing(found: list[dict[str, Any]]) -> str:
@@ -73,6 +69,21 @@ def level(arms: list[dict[str, Any]]) -> str:
     """The verdict on all arms together. Of an arm behind a filter the weights count too."""
     worst = {standing(arm) for arm in arms} | {standing_guard_off(arm) for arm in arms}
     return next((name for name in ("leak", "unclear", "none") if name in worst), "unfinished")
+
+
+def errors(arm: dict[str, Any]) -> list[str]:
+    """What the failed runs of an arm said last, each once."""
+    return list(dict.fromkeys(run["error"] for run in arm["runs"] if run["error"]))
+
+
+def guarantees(arms: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """(index of the arm, of its claim, the claim in words) of every claim of differential privacy, broken ones too."""
+    return [
+        (index, place, entry["dp"])
+        for index, arm in enumerate(arms)
+        for place, entry in enumerate(claim_entries(arm))
+        if entry["dp"]
+    ]
 
 
 def claim_entries(arm: dict[str, Any]) -> list[dict[str, Any]]:
