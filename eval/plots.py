@@ -64,26 +64,26 @@ def memorisation_curve(curve: list[dict[str, float]], released_step: int | None 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
         steps = [point["step"] for point in curve]
         for key, colour, style, label in (
-            ("copies", "second", "-", "copies of training pictures"),
-            ("copies_control", "first", "--", "of calibration pictures (chance)"),
+            ("copies", "second", "-", "training pictures"),
+            ("copies_control", "first", "--", "calibration pictures (chance)"),
         ):
             shares = [point[key] for point in curve]
             axes.plot(steps, shares, color=colours[colour], linestyle=style, marker="o", markersize=3, label=label)
         if released_step is not None:
             axes.axvline(released_step, color=colours["text"], linestyle=":")
-            where = axes.get_xaxis_transform()  # x in steps, y in shares of the height
-            left = 2 * released_step <= steps[0] + steps[-1]  # room on the right
-            axes.text(
-                released_step,
-                0.97,
-                " released" if left else "released ",
-                transform=where,
-                ha="left" if left else "right",
+            right = 2 * released_step <= steps[0] + steps[-1]  # where there is room for a word
+            axes.annotate(
+                "released",
+                (released_step, 1),
+                xycoords=axes.get_xaxis_transform(),  # steps, and share of the height
+                xytext=(5 if right else -5, -2),
+                textcoords="offset points",
+                ha="left" if right else "right",
                 va="top",
                 color=colours["text"],
             )
         top = max(point[key] for point in curve for key in ("copies", "copies_control"))
-        axes.set(xlabel="optimizer step", ylabel="share of generations", ylim=(0, max(0.05, 1.15 * top)))
+        axes.set(xlabel="optimizer step", ylabel="share of copies", ylim=(0, max(0.05, 1.15 * top)))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
         _legend(axes, colours)
 

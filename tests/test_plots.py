@@ -45,9 +45,9 @@ def test_memorisation_curve():
     themed = plots.memorisation_curve(curve, 150)
     found = texts(themed["light"])
     expected = {
-        "copies of training pictures",
-        "of calibration pictures (chance)",
-        "released ",
+        "training pictures",
+        "calibration pictures (chance)",
+        "released",
         "optimizer step",
         "50.0\u202f%",
     }
@@ -56,10 +56,9 @@ def test_memorisation_curve():
     assert np.ptp(control) == 0  # at zero: the others are measured from there
     np.testing.assert_allclose((control - copies) / (control - copies)[-1], [0.25, 0.5, 0.75, 1.0], rtol=1e-4)
     assert themed == plots.memorisation_curve(curve, 150)  # the same bytes every time
-    assert " released" in texts(plots.memorisation_curve(curve, 50)["dark"])
-    assert not [text for text in texts(plots.memorisation_curve(curve)["dark"]) if "released" in text]
+    assert "released" not in texts(plots.memorisation_curve(curve)["dark"])
     assert plots.memorisation_curve([]) is None
-    assert "released" in " ".join(texts(plots.memorisation_curve(curve[:1], 50)["light"]))
+    assert "released" in texts(plots.memorisation_curve(curve[:1], 50)["light"])
 
 
 def test_running_mean_against_a_loop():
