@@ -62,6 +62,48 @@ def training_curves(rows: list[dict[str, float]]) -> Themed | None:
     return render(draw)
 
 
+def memorisation_curve(curve: list[dict[str, float]], released_step: int | None = None) -> Themed | None:
+    """Share of generations that copy training pictures, and calibration pictures by chance, over optimizer steps.
+
+    Args:
+        curve: as in `defenses.earlystop.EarlyStop.findings`.
+        released_step: marked by a line; None: none.
+
+    Returns:
+        None without points.
+    """
+    if not curve:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        steps = [point["step"] for point in curve]
+        for key, colour, style, label in (
+            ("copies", "second", "-", "training pictures"),
+            ("copies_control", "first", "--", "calibration pictures (chance)"),
+        ):
+            shares = [point[key] for point in curve]
+            axes.plot(steps, shares, color=colours[colour], linestyle=style, marker="o", markersize=3, label=label)
+        if released_step is not None:
+            axes.axvline(released_step, color=colours["text"], linestyle=":")
+            right = 2 * released_step <= steps[0] + steps[-1]  # where there is room for a word
+            axes.annotate(
+                "released",
+                (released_step, 1),
+                xycoords=axes.get_xaxis_transform(),  # steps, and share of the height
+                xytext=(5 if right else -5, -2),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                va="top",
+                color=colours["text"],
+            )
+        top = max(point[key] for point in curve for key in ("copies", "copies_control"))
+        axes.set(xlabel="optimizer step", ylabel="share of copies", ylim=(0, max(0.05, 1.15 * top)))
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
+        _legend(axes, colours)
+
+    return _render(draw)
+
+
 def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
     """Adaptive score (or l2 where there is none) of every generation, with the threshold; None without matches."""
     scored = any(match.score is not None for match in matches)

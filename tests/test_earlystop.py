@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from defenses.base import FIRST_PRIVATE_INDEX, CheckpointView, Pool, RunContext
 from defenses.earlystop import Choice, EarlyStop, EarlyStopConfig, choose
 from defenses.errors import UserError
 from tests.reference import brute_force as brute
 from tests.small import opened
+from tests.smalldp import quick
+from tests.test_distributed import launch
 from train import stage
 from train.loop import Trainer
 from train.stage import train_model
@@ -297,7 +300,8 @@ def test_a_run_without_control_or_choice_is_refused():
 
 def test_a_private_run_refuses_it(tmp_path):
     dpsgd = "defenses.dpsgd={noise_multiplier: 1.0, clip_norm: 1.0, delta: 1e-3}"
-    with pytest.raises(UserError, match=r"defenses\.early_stop: stops or chooses by looking at private records"):
+    refusal = r"defenses\.early_stop: stops or chooses by looking at private records"
+    with quick(), pytest.raises(UserError, match=refusal):
         train_model(*opened(tmp_path, dpsgd, "defenses.early_stop={}"))
 
 
@@ -322,42 +326,50 @@ def memorising(monkeypatch, dataset, since: int) -> None:
     monkeypatch.setattr(stage, "build_trainer", build)
 
 
-def test_training_stops_and_releases_the_checkpoint_before(tmp_path, monkeypatch):
-    """Copies from step 5 on are seen at checkpoint 6; step 4 is released although a single checkpoint is kept. A run killed at
-    step 5 and resumed ends with the same findings."""
-    from safetensors.torch import load_file
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
 
-    step = Trainer.step
+def dying(trainer: Trainer, step=Trainer.step):
+    if trainer.state.step == 5:
+        raise Killed
+    return step(trainer)
 
-    def dying(self):
-        if self.state.step == 5:
-            raise Killed
-        return step(self)
 
-    told = {}
-    for name, killed in (("straight", False), ("resumed", True)):
+def finish(folder: Path, name: str, monkeypatch, killed: bool = False):
+    """Trains with copies from step 5 on: (run directory, contents of the sidecar)."""
+    with quick(), monkeypatch.context() as patch:
+        arguments = opened(folder, *OVERRIDES, f"run.name={name}")
+        memorising(patch, arguments[1], 5)
         if killed:
-            arguments = opened(tmp_path, *OVERRIDES, f"run.name={name}")
-            with monkeypatch.context() as patch:
-                patch.setattr(Trainer, "step", dying)
-                memorising(patch, arguments[1], 5)
-                with pytest.raises(Killed):
-                    train_model(*arguments)
-        arguments = opened(tmp_path, *OVERRIDES, f"run.name={name}")
-        with monkeypatch.context() as patch:
-            memorising(patch, arguments[1], 5)
-            told[name] = train_model(*arguments)
-        directory = arguments[2]
-        assert (told[name]["steps"], told[name]["released_step"], told[name]["stopped_by"]) == (6, 4, "early_stop")
-        assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step-4", "step-6"]
-        released = load_file(directory.model / "unet" / "diffusion_pytorch_model.safetensors")
-        average = load_file(directory.checkpoints / "step-4" / "ema.safetensors")
-        assert all(torch.equal(released[key], average[key]) for key in average)
-    (described,) = told["straight"]["defenses"]
+            patch.setattr(Trainer, "step", dying)
+        return arguments[2], train_model(*arguments)
+
+
+def test_training_stops_and_releases_the_checkpoint_before(tmp_path, monkeypatch):
+    """Copies are seen at checkpoint 6; step 4 is released although a single checkpoint is kept. Killed at step 5 and resumed, a
+    run ends with the same findings."""
+    directory, told = finish(tmp_path, "straight", monkeypatch)
+    assert (told["steps"], told["released_step"], told["stopped_by"]) == (6, 4, "early_stop")
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step-4", "step-6"]
+    released = load_file(directory.model / "unet" / "diffusion_pytorch_model.safetensors")
+    average = load_file(directory.checkpoints / "step-4" / "ema.safetensors")
+    assert all(torch.equal(released[key], average[key]) for key in average)
+    (described,) = told["defenses"]
     assert [point["step"] for point in described["findings"]["curve"]] == [2, 4, 6]
     assert [point["images_seen"] for point in described["findings"]["curve"]] == [12, 24, 36]
     assert described["findings"]["onset_step"] == 6 and described["settings"]["images"] == 8
-    assert told["resumed"]["defenses"] == told["straight"]["defenses"]
+    with pytest.raises(Killed):
+        finish(tmp_path, "resumed", monkeypatch, killed=True)
+    assert finish(tmp_path, "resumed", monkeypatch)[1]["defenses"] == told["defenses"]
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_two_ranks_agree(tmp_path):
+    """Each rank searches half of the images; both have the curve of one process, to the bit."""
+    for world in (1, 2):
+        launch(world, "tests/distributed_earlystop.py", str(tmp_path))
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert one["findings"]["onset_step"] == 20 and one["verdicts"] == [[False, 10], [True, 10]]
+    assert first == one and second == one

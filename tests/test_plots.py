@@ -19,6 +19,12 @@ def texts(uri: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg(uri))
 
 
+def heights(uri: str, colour: str) -> np.ndarray:
+    """Vertical places of the points of the first line of this colour, downwards, float64 [n]."""
+    path = re.search(rf'<path d="([^"]*)"[^>]*style="fill: none;[^"]*stroke: {colour}', svg(uri))[1]
+    return np.array([float(point.split()[1]) for point in re.split("[ML]", path)[1:]])
+
+
 def match(score, l2=0.2):
     return Match("g", "r", l2, score, "", False)
 
@@ -32,6 +38,27 @@ def test_curves():
     assert plots.LIGHT["first"] in svg(themed["light"]) and plots.DARK["first"] in svg(themed["dark"])
     assert plots.training_curves([]) is None and plots.training_curves([{"step": 1}]) is None
     assert plots.training_curves(rows) == themed  # the same bytes every time
+
+
+def test_memorisation_curve():
+    curve = [{"step": s, "copies": s / 400, "copies_control": 0.0} for s in (50, 100, 150, 200)]
+    themed = plots.memorisation_curve(curve, 150)
+    found = texts(themed["light"])
+    expected = {
+        "training pictures",
+        "calibration pictures (chance)",
+        "released",
+        "optimizer step",
+        "50.0\u202f%",
+    }
+    assert expected <= set(found), found
+    copies, control = (heights(themed["light"], plots.LIGHT[name]) for name in ("second", "first"))
+    assert np.ptp(control) == 0  # at zero: the others are measured from there
+    np.testing.assert_allclose((control - copies) / (control - copies)[-1], [0.25, 0.5, 0.75, 1.0], rtol=1e-4)
+    assert themed == plots.memorisation_curve(curve, 150)  # the same bytes every time
+    assert "released" not in texts(plots.memorisation_curve(curve)["dark"])
+    assert plots.memorisation_curve([]) is None
+    assert "released" in texts(plots.memorisation_curve(curve[:1], 50)["light"])
 
 
 def test_running_mean_against_a_loop():
