@@ -42,7 +42,9 @@ class Numbers(HTMLParser):
         if tag == "data":
             self.at = [named["data-path"], named["data-rule"], named["value"], ""]
         if tag not in ("img", "meta", "br", "source"):
-            self.open.append("silent" if tag in self.SILENT or named.get("class") in ("evidence", "keys fields") else tag)
+            self.open.append(
+                "silent" if tag in self.SILENT or named.get("class") in ("evidence", "keys fields") else tag
+            )
 
     def handle_endtag(self, tag):
         self.open.pop()
