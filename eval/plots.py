@@ -99,9 +99,9 @@ def memorisation_curve(curve: list[dict[str, float]], released_step: int | None 
         top = max(point[key] for point in curve for key in ("copies", "copies_control"))
         axes.set(xlabel="optimizer step", ylabel="share of copies", ylim=(0, max(0.05, 1.15 * top)))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
-        _legend(axes, colours)
+        legend(axes, colours)
 
-    return _render(draw)
+    return render(draw)
 
 
 def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
