@@ -79,6 +79,7 @@ def render(
         curves=plots.training_curves(evidence.read_metrics((trained_in or run_dir) / "metrics.jsonl")),
         histogram=plots.match_histogram(matches, verify_l2),
         copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
+        memorisation=_memorisation(report),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
         with atomic(run_dir / name) as file:
@@ -123,8 +124,15 @@ def _defense(entry: dict[str, Any]) -> dict[str, Any]:
         "name": entry["name"],
         "settings": wording.flatten(entry.get("settings") or {}),
         "statement": claim.get("statement"),
+        "findings": [row for row in wording.flatten(entry.get("findings") or {}) if not row[0].startswith("curve.")],
         "dp": claims.in_words(claim) if claim.get("kind") == "dp" else None,
     }
+
+
+def _memorisation(report: dict[str, Any]) -> plots.Themed | None:
+    """The curve that early stopping watched; None without it."""
+    found = next((e["findings"] for e in report.get("defenses") or [] if (e.get("findings") or {}).get("curve")), None)
+    return plots.memorisation_curve(found["curve"], found["released_step"]) if found else None
 
 
 def _cliques(run_dir: Path, restricted: bool, most: int = 50) -> list[dict[str, str]]:
