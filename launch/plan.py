@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from defenses.base import Defense
 from defenses.errors import UserError
 from defenses.registry import CLASSES
 from eval.comparison import UtilityFloor
@@ -227,10 +228,22 @@ def _share(jobs: list[Job]) -> None:
         parent = pure.get(_training_key(job))
         if parent is None or parent is job or not _later(job):
             continue
+        _check_checkpoints(job)
         job.parent, job.manifest = parent, parent.manifest
         job.directory = parent.directory / "eval" / job.arm
         own = [text for text in job.command if text.startswith(tuple(f"defenses.{name}" for name in LATER))]
         job.command = ["eval/run.py", f"run_dir={parent.directory}", f"run.name={job.arm}", *own]
+
+
+def _check_checkpoints(job: Job) -> None:
+    """A defense that looks at checkpoints after training finds only those that were kept."""
+    watching = [name for name in _later(job) if CLASSES[name].after_checkpoint is not Defense.after_checkpoint]
+    if watching and job.config.train.keep_checkpoints is not None:
+        raise UserError(
+            f"arms.{job.arm}: train.keep_checkpoints",
+            f"is {job.config.train.keep_checkpoints}, and {watching[0]} looks at all checkpoints of the training it shares",
+            "set it to null in overrides",
+        )
 
 
 def _later(job: Job) -> list[str]:
