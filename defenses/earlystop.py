@@ -12,9 +12,10 @@ All distances are l2 over the fixed views of `defenses.neighbours`, as in the at
 **What is chance.** All training pictures are looked at: a few that are repeated often are memorised first, and a draw would
 miss them. The calibration pictures, fewer and never trained on, tell how often the same generations pass by chance. Score and
 ratio compare the neighbours of one generation with each other; the distance to the k-th of N pictures grows like (k / N)^(1/D)
-in a neighbourhood of dimension D, so N cancels and the two shares can be held against each other, with n the same on both sides.
+in a neighbourhood of dimension D, so N cancels to first order and the shares can be compared, with n the same on both sides.
 What is compared picture for picture (nearest distance, which side is nearer) uses m of either side, one record of each, whole
-groups drawn once from the seed: near copies and visits of one patient give no side more chances.
+groups drawn once from the seed: near copies and visits of one patient give no side more chances. The share that is nearer to training
+is 0.5 without memorisation on average over that draw; samples that resemble each other can have one nearest picture in common.
 """
 
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class EarlyStop(Defense):
     def findings(self) -> dict[str, Any] | None:
         """The curve and the choice; None before the first checkpoint.
 
-        Each point has ``step``, ``images_seen`` (where known), ``share_nearer_training`` (0.5 without memorisation), and against
+        Each point has ``step``, ``images_seen`` (where known), ``share_nearer_training`` (see the module), and against
         all training pictures, m drawn ones (``_drawn``) and m calibration pictures (``_control``): ``copies`` and ``ratio``,
         shares of the generations in [0, 1], and ``nearest``, mean l2 to the nearest picture.
         """
