@@ -292,6 +292,7 @@ def test_restricted_shows_no_picture_no_record_and_no_command(tmp_path):
         for run in (run for arm in comparison["arms"] for run in arm["runs"]):
             run["command"] += " data.source=folder/of/patients"
             run["error"] = run["error"] and "folder/of/patients/smith.png cannot be read"
+        comparison["not_measured"] += ["Arm gan, seed 0: failed (folder/of/patients/smith.png cannot be read)."]
 
     comparison, pictures, page = make(tmp_path, restricted=True, change=change)
     assert pictures.asked == [] and page.pictures() == []
