@@ -17,7 +17,7 @@ from train.files import atomic
 BUDGET_BYTES = 1_500_000  # of encoded pictures in the pairs of all arms, and again in their grids
 
 # parts of comparison.json that may hold names of files or people: where the data are restricted they are not shown
-NAMING = {"command", "overrides", "config", "error", "directory"}
+NAMING = {"command", "overrides", "config", "error", "directory", "not_measured"}
 
 FINDINGS = {
     "threshold": "threshold: what comes nearer is a copy",
@@ -80,6 +80,7 @@ def render(
         findings=[_findings(arm) for arm in arms],
         evidence=[] if restricted else _evidence(folder, arms, images, pairs),
         grids=[] if restricted else _grids(folder, arms, grid),
+        not_measured=_not_measured(comparison, restricted),
         fields=_fields(comparison, restricted),
     )
     with atomic(folder / "comparison.html") as file:
@@ -177,6 +178,15 @@ def _grids(folder: Path, arms: list[dict[str, Any]], most: int) -> list[dict[str
 
 def _first_done(arm: dict[str, Any]) -> int | None:
     return next((number for number, run in enumerate(arm["runs"]) if run["status"] == "done"), None)
+
+
+def _not_measured(comparison: dict[str, Any], restricted: bool) -> list[str]:
+    """The sentences, without what failed runs said where that may name a file."""
+    errors = [error for arm in comparison["arms"] for error in standings.errors(arm)] if restricted else []
+    sentences = comparison["not_measured"]
+    for error in errors:
+        sentences = [sentence.replace(error, "its message is withheld") for sentence in sentences]
+    return sentences
 
 
 def _fields(comparison: dict[str, Any], restricted: bool) -> list[tuple[str, Any]]:

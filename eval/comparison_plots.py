@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from eval import plots
 from eval.plots import ARMS, Themed, legend, render
@@ -39,6 +40,10 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
             axes.step(*zip(*front, strict=True), where="post", color=colours["grid"], linewidth=5, zorder=0)
         for point in points:
             number = index[point["arm"]]
+            if point["arm"] in block["front"]:
+                axes.plot(
+                    point["x"], point["y"], marker="o", markersize=17, color=colours["grid"], clip_on=False, zorder=1
+                )
             _spread(axes, comparison["arms"][number], block["x"], stage, style(number)[0])
             _mark(axes, point, number, point["comparable"])
         _scale(axes, "x", [p["x"] for p in points] + ([floor] if floor else []))
@@ -74,7 +79,7 @@ def copies(arm: dict[str, Any]) -> Themed | None:
         row = total.setdefault(count, {"pictures": 0, "verified": 0})
         for key in row:
             row[key] += part[key]
-    return plots.copies_bars(total, PANEL)
+    return plots.copies_bars(total, PANEL, "copies in the data")
 
 
 def trend(block: dict[str, Any]) -> Themed | None:
@@ -169,6 +174,7 @@ def _curves(
             elif key == "verified":
                 axes.set_ylim(_from_zero(axes))
             else:
+                axes.xaxis.set_major_locator(MaxNLocator(4))
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if across[0] == utility:
             _labels(axes, ends, [[(p[across[0]], p[up[0]]) for p in points] for points in lines.values()])
@@ -206,12 +212,13 @@ def _name(metric: str) -> str:
 
 def _scale(axes: Axes, side: str, values: list[float]) -> None:
     """Logarithmic where the arms lie far apart, so that the good ones do not fall together."""
+    axis = getattr(axes, f"{side}axis")
     if min(values) <= 0 or max(values) <= 8 * min(values):
+        axis.set_major_locator(MaxNLocator(5))
         return
     axes.set(**{f"{side}scale": "log"})
-    axis = getattr(axes, f"{side}axis")
-    axis.set_major_locator(plots.LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(plots.NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 

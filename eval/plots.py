@@ -134,7 +134,11 @@ def match_histogram(matches: list[Match], verify_l2: float) -> Themed | None:
     return render(draw)
 
 
-def copies_bars(by_copies: dict[str, dict[str, int]], size: tuple[float, float] = SIZE) -> Themed | None:
+def copies_bars(
+    by_copies: dict[str, dict[str, int]],
+    size: tuple[float, float] = SIZE,
+    xlabel: str = "copies of the picture in the training split",
+) -> Themed | None:
     """Share of distinct pictures extracted, by the number of their copies in the training split."""
     rows = sorted((int(copies), row["pictures"], row["verified"]) for copies, row in by_copies.items())
     rows = _grouped([row for row in rows if row[1]])
@@ -147,7 +151,7 @@ def copies_bars(by_copies: dict[str, dict[str, int]], size: tuple[float, float] 
         for x, (_, pictures, verified) in enumerate(rows):
             axes.annotate(f"{verified}/{pictures}", (x, shares[x]), ha="center", va="bottom", color=colours["text"])
         axes.set_xticks(range(len(rows)), [name for name, _, _ in rows])
-        axes.set(xlabel="copies in the training split", ylabel="share extracted", ylim=(0, 1.15))
+        axes.set(xlabel=xlabel, ylabel="share extracted", ylim=(0, 1.15))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
 
     return render(draw, size)

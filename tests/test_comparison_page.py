@@ -5,12 +5,15 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from eval import comparison_page
 from eval.comparison_page import render
 from eval.quoted import RULES, Quoted, lookup
 from tests.fabricate import HOSTILE
@@ -21,8 +24,9 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-# numbers of the prose itself: level of the intervals and of the p-value, name of the distance
-CONSTANTS = {"95", "0.05"}
+# numbers of the prose itself: level of the intervals and of the p-value, name of the hash
+CONSTANTS = {"95", "0.05", "256"}
+NUMBER = re.compile(r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)*(?:e-?\d+)?")
 
 
 class Numbers(HTMLParser):
@@ -62,18 +66,22 @@ class Numbers(HTMLParser):
             self.prose.append(text)
 
 
-def make(folder: Path, *, restricted=False, change=None, images=True, **options):
-    """A comparison, its training pictures and its page."""
+def make(folder: Path, *, restricted=False, change=None, images=True, figures=False, **options):
+    """A comparison, its training pictures and its page; drawing takes the most time, and few tests need it."""
     comparison, pictures = fabricate(folder / "phantom", **options)
     if change:
         change(comparison)
-    render(folder / "phantom", comparison, restricted=restricted, images=pictures.image if images else None)
+    nothing = dict.fromkeys(("weights", "outputs", "trajectories", "verified", "metric", "trend"))
+    nothing |= {"copies": [None] * len(comparison["arms"])}
+    undrawn = mock.patch.object(comparison_page, "_figures", return_value=nothing)
+    with nullcontext() if figures else undrawn:
+        render(folder / "phantom", comparison, restricted=restricted, images=pictures.image if images else None)
     return comparison, pictures, Page(folder / "phantom" / "comparison.html")
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("opened"))
+    return make(tmp_path_factory.mktemp("opened"), figures=True)
 
 
 def at(tree, path: str):
@@ -120,47 +128,65 @@ def test_sections_in_order(opened):
     assert not FORBIDDEN.search(page.visible)
 
 
-def test_every_marked_number_is_the_one_at_its_path(opened):
-    comparison, _, page = opened
-    numbers = Numbers(page.source)
-    assert len(numbers.quoted) > 400
-    for path, rule, value, text in numbers.quoted:
+def check_paths(comparison, source: str) -> int:
+    """Every marked number is the one at its path, written by its rule; returns how many there are."""
+    quoted = Numbers(source).quoted
+    for path, rule, value, text in quoted:
         found = list(at(comparison, path))
         assert len(found) == 1 and str(found[0]) == value and RULES[rule](found[0]) == text
-    assert {path.split(".")[0] for path, *_ in numbers.quoted} == {"arms", "design", "comparison", "trend"}
+    return len(quoted)
 
 
-def test_no_number_outside_the_marked_ones(opened):
-    """The rest of the text may quote strings of the JSON, and nothing else that has digits."""
-    comparison, _, page = opened
-    known = json.dumps(comparison, ensure_ascii=False)
-    strings = set(re.findall(r"\d+(?:[.,]\d+)*", known)) | CONSTANTS
-    prose = " ".join(Numbers(page.source).prose)
-    assert set(re.findall(r"(?<![A-Za-z\d])\d+(?:[.,]\d+)*", prose)) <= strings
+def check_prose(comparison, source: str) -> None:
+    """The rest of the text quotes strings of the JSON, and has no other digits."""
+    strings = {token for leaf in _leaves(comparison) for token in NUMBER.findall(str(leaf))} | CONSTANTS
+    assert set(NUMBER.findall(" ".join(Numbers(source).prose))) <= strings
 
 
-def test_every_shown_number_rounds_one_of_the_json(opened):
+def check_rounding(comparison, source: str) -> None:
     """Without the paths: each number in the visible text is a value of comparison.json at the precision it is shown with."""
-    comparison, _, page = opened
-    text = " ".join(Numbers(page.source).all_text).replace("\N{NARROW NO-BREAK SPACE}", " ")
+    text = " ".join(Numbers(source).all_text).replace("\N{NARROW NO-BREAK SPACE}", " ")
     strings, values = [], []
     for leaf in _leaves(comparison):
         (values if isinstance(leaf, int | float) else strings).append(leaf)
-    allowed = set(re.findall(r"\d+(?:[.,]\d+)*", " ".join(map(str, strings)))) | CONSTANTS
+    allowed = {token for leaf in strings for token in NUMBER.findall(leaf)} | CONSTANTS
     values = np.array(values, dtype=float)
-    minutes, gib = np.floor(values / 60), values / 2**30
-    known = np.abs(
-        np.concatenate([values, 100 * values, minutes, values - 60 * minutes, minutes // 60, minutes % 60, gib])
-    )
-    for token in re.findall(r"(?<![A-Za-z\d])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text):
-        if token in allowed:
-            continue
-        digits = token.replace(",", "").rstrip(".")
-        number = float(digits)
-        step = 10.0 ** -len(digits.partition("e")[0].partition(".")[2]) * (
-            number / float(digits.partition("e")[0] or 1) or 1
-        )
-        assert np.abs(known - number).min() <= 0.51 * step, f"{token} is not in comparison.json"
+    minutes = values // 60
+    known = [values, 100 * values, minutes, values - 60 * minutes, minutes // 60, minutes % 60, values / 2**30]
+    known = np.abs(np.concatenate(known))
+    for token in set(NUMBER.findall(text)) - allowed:
+        mantissa, _, exponent = token.replace(",", "").partition("e")
+        last_place = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        nearest = np.abs(known - float(token.replace(",", ""))).min()
+        assert nearest <= 0.51 * last_place, f"{token} is not in comparison.json"
+
+
+def test_every_number_is_in_the_json(opened):
+    comparison, _, page = opened
+    assert check_paths(comparison, page.source) > 400
+    check_prose(comparison, page.source)
+    check_rounding(comparison, page.source)
+    tops = {path.split(".")[0] for path, *_ in Numbers(page.source).quoted}
+    assert tops == {"arms", "design", "comparison", "trend"}
+
+
+@pytest.mark.parametrize("check", [check_prose, check_rounding])
+def test_a_number_that_is_made_up_is_noticed(opened, check):
+    comparison, _, page = opened
+    with pytest.raises(AssertionError):
+        check(comparison, page.source.replace("What it cost", "What it cost: 31.4159"))
+
+
+def test_the_page_of_an_assembled_comparison(tmp_path):
+    fixture, assemble = pytest.importorskip("tests.comparisons"), pytest.importorskip("eval.comparison").assemble
+    arms, keywords = fixture.write_comparison(tmp_path)
+    comparison = assemble(arms, **keywords)
+    render(tmp_path, comparison, restricted=False, images=lambda _: fixture.picture(1))
+    page = Page(tmp_path / "comparison.html")
+    assert check_paths(comparison, page.source) > 150
+    check_prose(comparison, page.source)
+    check_rounding(comparison, page.source)
+    assert body_of_the_table(page.source) == [arm.name for arm in arms]
 
 
 def test_all_fields_are_listed(opened):
@@ -252,7 +278,7 @@ def test_pairs_and_the_same_samples_for_every_arm(opened):
 
 
 def test_a_withheld_image_leaves_its_place_empty(tmp_path):
-    comparison, pictures = fabricate(tmp_path / "phantom")
+    comparison, pictures, _ = make(tmp_path, images=False)
     (tmp_path / "phantom" / "none-s0" / "eval" / "output_filter" / "generations" / "000007.png").unlink()
     render(tmp_path / "phantom", comparison, restricted=False, images=pictures.image, pairs=0, grid=9)
     source = (tmp_path / "phantom" / "comparison.html").read_text()
@@ -266,6 +292,7 @@ def test_restricted_shows_no_picture_no_record_and_no_command(tmp_path):
         for run in (run for arm in comparison["arms"] for run in arm["runs"]):
             run["command"] += " data.source=folder/of/patients"
             run["error"] = run["error"] and "folder/of/patients/smith.png cannot be read"
+        comparison["not_measured"] += ["Arm gan, seed 0: failed (folder/of/patients/smith.png cannot be read)."]
 
     comparison, pictures, page = make(tmp_path, restricted=True, change=change)
     assert pictures.asked == [] and page.pictures() == []
@@ -289,7 +316,7 @@ def test_hostile_names_are_text(tmp_path):
                 point["arm"] = {"dedup": HOSTILE, "augment": "$\\frac{a}{"}.get(point["arm"], point["arm"])
 
     for restricted in (False, True):
-        _, _, page = make(tmp_path / str(restricted), restricted=restricted, change=change)
+        _, _, page = make(tmp_path / str(restricted), restricted=restricted, change=change, figures=not restricted)
         assert page.tags.count("script") == 1 and page.visible.count(HOSTILE) > 8
         for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]*)", page.source):
             assert "<script" not in base64.b64decode(uri).decode()
@@ -308,7 +335,7 @@ def test_little_is_known(tmp_path):
         }
         comparison["not_measured"] = []
 
-    _, _, page = make(tmp_path, change=change, images=False, trend=False)
+    _, _, page = make(tmp_path, change=change, images=False, trend=False, figures=True)
     assert "No arm was measured" in page.visible and "all arms are ranked" in page.visible
 
 
@@ -372,7 +399,7 @@ def test_without_scripts_the_table_is_complete(tmp_path, opened):
     file = pictures.folder.parent / "blocked.html"
     file.write_text(page.source.replace("<script>(() => {", "<script>( () => {"))
     dom, log = browse(file, tmp_path / "a", "--dump-dom", fragment="#sort=verified")
-    assert "Content Security Policy" in log and "<button" not in dom and "aria-sort" not in dom
+    assert "Content Security Policy" in log and "<button" not in dom and "<th aria-sort" not in dom
     assert body_of_the_table(dom) == list(ARMS)
     assert (
         re.sub(r"\s+", " ", "".join(Numbers(dom).all_text)).strip()
