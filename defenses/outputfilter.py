@@ -56,6 +56,20 @@ class OutputFilter(Defense):
         self._guard: Guard | None = None
         self._log: DrawLog | None = None
 
+    def check(self, pool: Pool, control: np.ndarray) -> None:
+        """Whether the filter can be calibrated at all; costs nothing, so it can be asked before training.
+
+        Args:
+            control: rows of the calibration split in ``pool.images``.
+
+        Raises:
+            UserError: too few calibration pictures for the false-alarm rate, or fewer than two training pictures.
+        """
+        if len({pool.picture[row] for row in pool.rows}) < 2:
+            raise UserError("defenses.output_filter", "needs at least two different training pictures", "switch it off")
+        rows, unit = calibration(pool, control)
+        conformal_threshold(np.zeros(len(rows)), unit, self.config.false_alarm_rate)
+
     def wrap_sampler(self, sampler: Sampler, context: SamplingContext) -> Sampler:
         """Builds and saves the index, on all ranks, and returns the guarded sampler.
 
@@ -64,8 +78,9 @@ class OutputFilter(Defense):
         agree within the rounding of the network, as all samples do.
 
         Raises:
-            UserError: too few calibration pictures for the false-alarm rate, or fewer than two training pictures.
+            UserError: see `check`.
         """
+        self.check(context.pool, context.control)
         self._guard = build_guard(self.config, context)
         records = (context.folder if context.records is None else context.records) / FOLDER
         on_main(context.accelerator, lambda: save_filter(context.folder / FOLDER, self._guard))
@@ -118,17 +133,10 @@ class OutputFilter(Defense):
 
 
 def build_guard(config: OutputFilterConfig, context: SamplingContext) -> Guard:
-    """Index and threshold from the training and calibration pictures, on all ranks alike.
-
-    Raises:
-        UserError: see `OutputFilter.wrap_sampler`.
-    """
+    """Index and threshold from the training and calibration pictures, on all ranks alike; see `OutputFilter.check`."""
     pool = context.pool
     picture = np.asarray(pool.picture, dtype=np.int64)
-    if len(np.unique(picture[pool.rows])) < 2:
-        raise UserError("defenses.output_filter", "needs at least two different training pictures", "switch it off")
     rows, unit = calibration(pool, context.control)
-    conformal_threshold(np.zeros(len(rows)), unit, config.false_alarm_rate)  # too few: said before the search
     channels, height, width = pool.images.shape[1:]
     shape = (channels, min(height, config.side), min(width, config.side))
     guard = Guard(_reduced(pool.images, pool.rows, shape), picture[pool.rows], 0.0, config.attempts)
