@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from defenses.base import FIRST_PRIVATE_INDEX, Defense, Pool, Sampler, SamplingContext
+from defenses.base import FIRST_PRIVATE_INDEX, Defense, Pool, RunContext, Sampler, SamplingContext
 from defenses.errors import UserError
 from defenses.guard import ATTACK, NEIGHBOURS, Guard, conformal_threshold, fitted, is_near, load_filter, save_filter
 from defenses.ranks import on_main
@@ -55,6 +55,10 @@ class OutputFilter(Defense):
         self.config = config
         self._guard: Guard | None = None
         self._log: DrawLog | None = None
+
+    def begin(self, context: RunContext) -> None:
+        """Refuses, before hours of training, a run whose filter could not be calibrated."""
+        self.check(context.pool, context.control)
 
     def check(self, pool: Pool, control: np.ndarray) -> None:
         """Whether the filter can be calibrated at all; costs nothing, so it can be asked before training.

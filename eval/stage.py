@@ -12,6 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from defenses.errors import UserError
+from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
 from eval import samples
 from eval.along import along_training
@@ -221,7 +222,8 @@ def push(target: Target, repository: str) -> None:
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=target.pipeline)
+        # an output filter's index holds training pictures
+        hub.upload_folder(repo_id=repository, folder_path=target.pipeline, ignore_patterns=[f"{INDEX_FOLDER}/*"])
         hub.upload_file(
             repo_id=repository, path_or_fileobj=target.output.path / "MODEL_CARD.md", path_in_repo="README.md"
         )

@@ -236,7 +236,8 @@ def test_push_uploads_the_model_and_its_card_only(finished, monkeypatch):
         def create_repo(self, *args, **kwargs):
             calls.append(("create", args, kwargs["private"]))
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            assert ignore_patterns == ["output_filter/*"]  # holds training pictures
             calls.append(("folder", repo_id, folder_path))
 
         def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
