@@ -14,9 +14,7 @@ from train.diffusion import autocast
 from train.gan import GAN
 from train.objective import Objective
 
-PENALISED = (
-    0.125  # share of the real pictures that R1 is computed on: a picture costs as much there as in the rest of the step
-)
+PENALISED = 0.125  # share of the real pictures that R1 is computed on: one costs as much as the rest of its step
 
 
 @dataclass(kw_only=True)
