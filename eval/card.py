@@ -31,13 +31,21 @@ with torch.no_grad():
         images = scheduler.step(prediction, t, images).prev_sample
 images = (images / 2 + 0.5).clamp(0, 1)  # [4, C, H, W] in [0, 1]"""
 
+GAN = """import torch
+from train.gan import GANPipeline  # of Deffuse, from its folder: diffusers alone cannot load a GAN
+
+pipeline = GANPipeline.from_pretrained("model")
+classes = pipeline.generator.config.num_class_embeds
+class_labels = [i % classes for i in range(4)] if classes else None
+images = pipeline(4, class_labels, generator=torch.Generator().manual_seed(0)).images"""
+
 TEXT_TO_IMAGE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
 images = pipeline("a prompt", num_inference_steps=50).images"""
 
 
-INTRODUCTION = "A diffusion model measured with Deffuse. Figures: `report.html`; all numbers: `report.json`."
+INTRODUCTION = "A {kind} measured with Deffuse. Figures: `report.html`; all numbers: `report.json`."
 INTENDED_USE = """Research on what generative models give away about their training pictures, and synthetic data within the
 bounds that the measurements above support. Whoever passes the model or its images on decides, with the report at hand,
 whether the leakage is acceptable for the people in the pictures."""
@@ -53,12 +61,12 @@ def model_card(report: dict[str, Any]) -> str:
             example class-conditional.
     """
     extraction = (report["privacy"] or {}).get("extraction")
-    front = {"library_name": "diffusers", "tags": _tags(report, extraction)}
+    front = {"library_name": "deffuse" if _is_gan(report) else "diffusers", "tags": _tags(report, extraction)}
     limits = "\n".join(f"- {_text(line)}" for line in wording.not_measured(report))
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
         f"# {_text(report['run']['name'])}",
-        INTRODUCTION,
+        INTRODUCTION.format(kind="GAN" if _is_gan(report) else "diffusion model"),
         "## Training data\n\n" + _data(report["data"], report["model"] or {}),
         "## Defenses and what they claim\n\n" + _defenses(report),
         "## Leakage and quality\n\n" + _leakage(report, extraction),
@@ -68,6 +76,10 @@ def model_card(report: dict[str, Any]) -> str:
         CLOSING,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_gan(report: dict[str, Any]) -> bool:
+    return (report["model"] or {}).get("family") == "gan"
 
 
 def _tags(report: dict[str, Any], extraction: dict[str, Any] | None) -> list[str]:
@@ -173,6 +185,8 @@ def _loading(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
     code = CLASS_CONDITIONAL if report["model"].get("classes") else UNCONDITIONAL
     if extraction and extraction["protocol"] == "prompted":
         code = TEXT_TO_IMAGE
+    if _is_gan(report):
+        code = GAN
     return f"```python\n{code}\n```"
 
 

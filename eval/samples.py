@@ -20,13 +20,17 @@ from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
 from train.data import Dataset
 from train.files import atomic, write_csv
+from train.gan import PIPELINE as GAN_PIPELINE
+from train.gan import GANPipeline
+from train.gan import sample as sample_gan
 from train.imagefolder import read_file
 from train.images import Rejected, decode
-from train.models import memory_format
+from train.models import memory_format, parameter_count
 from train.sampling import blocks, class_of_sample, sample, to_pil, to_uint8
 from train.stage import SIDECAR
 
 WITHHELD = ".withheld"  # suffix of the empty file that stands where a defense let no image out
+UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a foreign model
 MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
 
 Draw = Callable[
@@ -42,6 +46,7 @@ class Source:
     draw: Draw
     class_frequency: np.ndarray  # int64 [classes]; empty for unconditional models
     facts: dict[str, Any]  # the part `model` of report.json
+    sampler: dict[str, Any] | None = None  # what drew the images, where it is not the sampler of the configuration
 
 
 def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device) -> Source:
@@ -55,6 +60,8 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
     """
     if not (folder / "model_index.json").is_file():
         raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
+    if json.loads((folder / "model_index.json").read_text()).get("_class_name") == GAN_PIPELINE:
+        return _gan_source(folder, config, seed, shape, device)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:
@@ -70,8 +77,7 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
         if isinstance(part, torch.nn.Module)
         for p in part.parameters()
     )
-    facts = {"family": type(pipeline).__name__, "parameters": parameters}
-    facts |= {"trainable_parameters": None, "steps": None, "images_seen": None, "classes": None}
+    facts = {"family": type(pipeline).__name__, "parameters": parameters, **dict.fromkeys(UNKNOWN)}
     if isinstance(getattr(pipeline, "unet", None), UNet2DModel) and not hasattr(pipeline, "vqvae"):
         return _pixel_source(folder, pipeline, config, seed, shape, facts)
     return _pipeline_source(pipeline, config, seed, shape, facts)
@@ -85,19 +91,45 @@ def _pixel_source(
     size = size if isinstance(size, int) else size[0]
     own = (model.config.in_channels, size, size)
     schedule = pipeline.scheduler.config
-    sidecar = folder / SIDECAR
-    known = json.loads(sidecar.read_text()) if sidecar.exists() else {}
-    frequency = np.array(known.get("class_frequency") or [1] * classes, dtype=np.int64)
+    known = _sidecar(folder)
 
     def draw(indices: Sequence[int], labels: Sequence[int] | None) -> torch.Tensor:
         chosen = None if labels is None else torch.as_tensor(labels)
         images = sample(model, schedule, config, indices, own, seed=seed, labels=chosen, precision=config.precision)
         return _fit(images, shape)
 
-    names = ("family", "parameters", "trainable_parameters", "steps", "images_seen", "classes")
-    return Source(
-        "untargeted", draw, frequency[:classes], {**facts, **{name: known[name] for name in names if name in known}}
-    )
+    return Source("untargeted", draw, _frequency(known, classes), facts | _known_facts(known))
+
+
+def _gan_source(
+    folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device
+) -> Source:
+    """A generator of ours: one forward pass per image, without a noise schedule."""
+    network = GANPipeline.from_pretrained(folder).to(device).generator.to(memory_format=memory_format(device))
+    classes, known = network.config.num_class_embeds or 0, _sidecar(folder)
+    count = parameter_count(network)
+    facts = {"family": "gan", "parameters": count, **dict.fromkeys(UNKNOWN), **_known_facts(known)}
+
+    def draw(indices: Sequence[int], labels: Sequence[int] | None) -> torch.Tensor:
+        chosen = None if labels is None else torch.as_tensor(labels)
+        return _fit(sample_gan(network, indices, seed=seed, labels=chosen, precision=config.precision), shape)
+
+    sampler = {"name": "gan", "steps": 1, "precision": config.precision}
+    return Source("untargeted", draw, _frequency(known, classes), facts, sampler)
+
+
+def _sidecar(folder: Path) -> dict[str, Any]:
+    """What our trainer noted beside the pipeline; empty for models of others."""
+    return json.loads((folder / SIDECAR).read_text()) if (folder / SIDECAR).exists() else {}
+
+
+def _frequency(known: dict[str, Any], classes: int) -> np.ndarray:
+    """Weight of every class, int64 [classes]; equal where nothing is known."""
+    return np.array(known.get("class_frequency") or [1] * classes, dtype=np.int64)[:classes]
+
+
+def _known_facts(known: dict[str, Any]) -> dict[str, Any]:
+    return {name: known[name] for name in ("family", "parameters", *UNKNOWN) if name in known}
 
 
 def _pipeline_source(pipeline, config: GenerateConfig, seed: int, shape: tuple[int, int, int], facts: dict) -> Source:

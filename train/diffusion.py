@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
@@ -13,6 +14,7 @@ from torch import nn
 
 from defenses.base import Batch
 from defenses.errors import UserError
+from train.objective import Objective
 
 
 @dataclass(kw_only=True)
@@ -118,6 +120,27 @@ def per_example_loss(model: nn.Module, batch: Batch, schedule: DDPMScheduler, ga
     prediction = model(noisy, batch.timesteps, class_labels=batch.labels, return_dict=False)[0]
     error = (prediction.float() - target).square().flatten(1).mean(1)
     return error * loss_weight(schedule, batch.timesteps, gamma)
+
+
+def fix(batch: Batch, position: np.ndarray, schedule: DDPMScheduler) -> Batch:
+    """Adds timesteps at the given places of the schedule, float64 [B] in (0, 1), and noise that depends on the record alone."""
+    batch.timesteps = torch.from_numpy((position * schedule.config.num_train_timesteps).astype(np.int64))
+    batch.noise = batch.random.normal("heldout", *batch.images.shape[1:])
+    return batch
+
+
+def objective(config: DiffusionConfig, schedule: DDPMScheduler) -> Objective:
+    """Denoising at random timesteps; held-out losses at evenly spread ones."""
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return per_example_loss(model, batch, schedule, config.snr_gamma)
+
+    return Objective(
+        loss=loss,
+        heldout_loss=loss,
+        draw=lambda batch: draw(batch, schedule, config.timestep_weights),
+        fix=lambda batch, position: fix(batch, position, schedule),
+    )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

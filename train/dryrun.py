@@ -14,6 +14,7 @@ from torch import nn
 
 from defenses import registry
 from defenses.ranks import on_main
+from train import families
 from train.data import Dataset, prepare
 from train.diffusion import autocast
 from train.loop import Trainer
@@ -40,7 +41,7 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
         describe_data(say, dataset)
         names = class_names(dataset, config.data.label_key)
         trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
-        describe_training(say, config, trainer, dataset, accelerator)
+        describe_training(say, config, trainer, dataset, len(names), accelerator)
         accelerator.wait_for_everyone()
     finally:
         if accelerator.is_main_process:
@@ -66,11 +67,18 @@ def describe_data(say: Callable[..., None], dataset: Dataset) -> None:
 
 
 def describe_training(
-    say: Callable[..., None], config: SimpleNamespace, trainer: Trainer, dataset: Dataset, accelerator: Accelerator
+    say: Callable[..., None],
+    config: SimpleNamespace,
+    trainer: Trainer,
+    dataset: Dataset,
+    classes: int,
+    accelerator: Accelerator,
 ) -> None:
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
+    for line in families.of(config.model).notes:
+        say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
     batch = next(iter(batches), None)
     if batch is None:  # a batch drawn at random may be empty
@@ -81,7 +89,7 @@ def describe_training(
         f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process"
     )
     if batch.labels is not None:
-        say(f"labels {tuple(batch.labels.shape)}, classes {model.config.num_class_embeds}")
+        say(f"labels {tuple(batch.labels.shape)}, classes {classes}")
     for defense in trainer.defenses:
         for line in defense.outlook():
             say(line)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, reduce
-from diffusers import DDPMScheduler
 from torch import nn
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from defenses.base import Batch, BatchPlan, CheckpointView, Defense, GradientRul
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, derive
 from train import checkpoint
-from train.diffusion import draw, per_example_loss
+from train.objective import Objective
 from train.plan import repeats
 from train.runlog import RunDirectory
 from train.state import TrainConfig, TrainState
@@ -35,7 +34,7 @@ class Trainer:
     seed: int
     state: TrainState
     wrapped: nn.Module  # the model as Accelerate prepared it, or the bare one
-    schedule: DDPMScheduler
+    objective: Objective
     plan: BatchPlan
     fetch: Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor | None]]
     rule: GradientRule
@@ -100,7 +99,7 @@ class Trainer:
         return losses
 
     def microbatches(self, rows: np.ndarray) -> Microbatches:
-        """This rank's share of the global batch, with augmentation, timesteps and noise."""
+        """This rank's share of the global batch, changed by the defenses, with what the objective draws."""
         parts = self.plan.microbatches(rows, self.accelerator.process_index, self.accelerator.num_processes)
         order = repeats(rows)
         return Microbatches([partial(self.batch, rows[part], order[part]) for part in parts])
@@ -129,11 +128,11 @@ class Trainer:
         batch = Batch(images, rows, None if labels is None else labels.to(device), random)
         for defense in self.defenses:
             batch = defense.change_batch(batch)
-        return draw(batch, self.schedule, self.config.diffusion.timestep_weights)
+        return self.objective.draw(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Per-example losses after the defenses, float32 [b]: a pure function of (weights, batch)."""
-        losses = per_example_loss(model, batch, self.schedule, self.config.diffusion.snr_gamma)
+        losses = self.objective.loss(model, batch)
         for defense in self.defenses:
             losses = defense.change_loss(losses, batch)
         return losses

@@ -1,4 +1,4 @@
-"""The denoising networks: diffusers' `UNet2DModel` in pixel space, unconditional or class-conditional."""
+"""The choice of model, and the denoising networks: diffusers' `UNet2DModel` in pixel space, unconditional or class-conditional."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ SIZES = {
 class ModelConfig:
     """Section ``model``."""
 
-    family: Literal["pixel"] = "pixel"  # UNet2DModel on pixels
+    family: Literal["pixel", "gan"] = "pixel"  # UNet2DModel on pixels; gan: the baseline that is no diffusion model
     size: Literal["tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
     pretrained: str | None = (
         None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
@@ -39,6 +39,8 @@ class ModelConfig:
     trainable: list[str] | None = None
 
     def __post_init__(self):
+        if self.family == "gan":
+            self._refuse_for_gan()
         if self.adapter is not None and self.pretrained is None:
             raise UserError(
                 "model.adapter", "would adapt random weights", "give model.pretrained, or set model.adapter=null"
@@ -47,6 +49,15 @@ class ModelConfig:
             raise UserError("model.trainable", "trains no parameter", "null trains all")
         if not 0 <= self.dropout < 1:
             raise UserError("model.dropout", f"{self.dropout} is not a probability below 1", "choose 0 <= dropout < 1")
+
+    def _refuse_for_gan(self) -> None:
+        """What is for denoising networks alone. A GAN cannot go on from a released one: its discriminator stays behind."""
+        for key in ("pretrained", "adapter", "trainable", "dropout"):
+            if getattr(self, key):
+                off = "0" if key == "dropout" else "null"
+                raise UserError(
+                    f"model.{key}", "is not offered for a GAN, which starts from scratch", f"set it to {off}"
+                )
 
 
 def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:

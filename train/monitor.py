@@ -12,17 +12,19 @@ from torch import nn
 
 from defenses.base import Batch
 from defenses.seeding import RecordRandom, derive
+from train import families
 from train.data import Dataset
-from train.diffusion import autocast, per_example_loss
+from train.diffusion import autocast
+from train.objective import Objective
 from train.records import labels_of
-from train.sampling import SamplerConfig, blocks, class_of_sample, sample
+from train.sampling import SamplerConfig, blocks, class_of_sample
 from train.state import TrainState, averaged_weights
 
 
 def heldout_batches(
-    config: SimpleNamespace, dataset: Dataset, names: list[str], accelerator: Accelerator
+    config: SimpleNamespace, dataset: Dataset, names: list[str], objective: Objective, accelerator: Accelerator
 ) -> dict[str, list[Batch]]:
-    """Fixed batches with fixed noise at evenly spread timesteps: this rank's share of held-out and of training records."""
+    """Batches without chance (for diffusion: fixed noise, evenly spread timesteps): this rank's share of held-out and of training records."""
     settings = config.train
     if not settings.heldout_every:
         return {}
@@ -36,9 +38,7 @@ def heldout_batches(
             random = RecordRandom(0, 0, part, np.zeros(len(part), dtype=int))
             # One stratum of the schedule per record: the spread over timesteps is even for any number of records.
             position = (np.searchsorted(np.sort(order), part) + 0.5) / len(order)
-            timesteps = torch.from_numpy((position * settings.diffusion.timesteps).astype(np.int64))
-            noise = random.normal("heldout", *images.shape[1:])
-            batches.append(Batch(images, part, labels_of(dataset, part, names), random, timesteps, noise))
+            batches.append(objective.fix(Batch(images, part, labels_of(dataset, part, names), random), position))
         if len(order):
             result[name] = batches
     return result
@@ -47,7 +47,7 @@ def heldout_batches(
 def heldout_losses(
     config: SimpleNamespace,
     state: TrainState,
-    schedule: DDPMScheduler,
+    objective: Objective,
     batches: dict[str, list[Batch]],
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -58,7 +58,7 @@ def heldout_losses(
             sums = torch.zeros(2, device=device)
             for part in parts:
                 with autocast(device, config.train.precision):
-                    losses = per_example_loss(model, part.to(device), schedule, config.train.diffusion.snr_gamma)
+                    losses = objective.heldout_loss(model, part.to(device))
                 sums += torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=device)])
             total, count = reduce(sums, "sum").tolist()
             result[name] = total / count
@@ -81,13 +81,13 @@ def sample_on_all_ranks(
     steps = min(25, config.train.diffusion.timesteps)
     sampler = SamplerConfig(steps=steps, batch_size=8)  # small blocks, so that every rank has some
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    drawn = []
+    drawn, family = [], families.of(config.model)
     for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
         chosen = [indices[i] for i in block]
         labels = torch.from_numpy(class_of_sample(chosen, frequency, config.run.seed)) if len(frequency) else None
-        images = sample(
-            model,
-            schedule.config,
+        images = family.sample(
+            family.released(model),
+            schedule,
             sampler,
             chosen,
             shape,

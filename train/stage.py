@@ -19,14 +19,14 @@ from defenses.base import BatchPlan, CheckpointView, Defense, GradientRule, RunC
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from defenses.seeding import derive
-from train import checkpoint
+from train import checkpoint, families
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.files import write_json
 from train.loop import Trainer
-from train.models import build, check_schedule, memory_format, parameter_count, save_pipeline
+from train.models import memory_format, parameter_count
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
-from train.optim import MeanGradient, build_optimizer, build_schedule
+from train.optim import build_optimizer, build_schedule
 from train.plan import EpochPlan
 from train.records import class_frequency, class_names, labels_of, pool_of
 from train.runlog import RunDirectory
@@ -41,6 +41,7 @@ FOR_THE_HOLDER = ("train_seconds", "peak_memory_bytes", "defense_states")  # not
 def build_model(config: SimpleNamespace, names: list[str]) -> nn.Module:
     """The network with initial weights that depend on run.seed alone."""
     torch.manual_seed(derive(config.run.seed, "weights"))
+    build = families.of(config.model).build
     return build(config.model, config.data.image_size, config.data.channels, len(names))
 
 
@@ -99,11 +100,13 @@ def build_trainer(
     ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
     state = TrainState(model=model, optimizer=optimizer, ema=ema)
     schedule = noise_schedule(settings.diffusion)
-    check_schedule(config.model, schedule)
+    family = families.of(config.model)
+    family.check(config.model, schedule, defenses)
+    objective = family.objective(settings, schedule)
     begin(config, dataset, directory, accelerator, defenses)
     plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
-    heldout = {} if quiet else heldout_batches(config, dataset, names, accelerator)
+    heldout = {} if quiet else heldout_batches(config, dataset, names, objective, accelerator)
     frequency = sampling_frequency(config, dataset, defenses, names)
 
     def fetch(batch_rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -127,7 +130,7 @@ def build_trainer(
         seed=config.run.seed,
         state=state,
         wrapped=accelerator.prepare_model(model) if rule.prepares_model else model,
-        schedule=schedule,
+        objective=objective,
         plan=plan,
         fetch=fetch,
         rule=rule,
@@ -135,7 +138,7 @@ def build_trainer(
         lr_schedule=build_schedule(settings.optimizer, optimizer, settings.steps),
         accelerator=accelerator,
         directory=directory,
-        evaluate=lambda: heldout_losses(config, state, schedule, heldout, accelerator),
+        evaluate=lambda: heldout_losses(config, state, objective, heldout, accelerator),
         preview=preview,
         view=view,
         quiet=quiet,
@@ -194,7 +197,7 @@ def plan_and_rule(config: SimpleNamespace, rows: np.ndarray, defenses: list[Defe
         UserError: two defenses want the same, or settings that contradict the defense that does.
     """
     settings = config.train
-    default = MeanGradient(settings.batch_size, settings.optimizer.max_grad_norm, settings.precision)
+    default = families.of(config.model).rule(settings)
     rule = registry.gradient_rule(defenses, default)
     plan = registry.batch_plan(defenses, rows, settings.batch_size, config.run.seed)
     if rule is default:
@@ -251,12 +254,13 @@ def release(
     trainer: Trainer,
     names: list[str],
 ) -> dict[str, Any]:
-    """Writes the EMA weights (or those of the checkpoint that a defense chose) as a diffusers pipeline."""
-    state = trainer.state
+    """Writes the EMA weights (or those of the checkpoint that a defense chose) as a pipeline folder."""
+    state, family = trainer.state, families.of(config.model)
+    released = family.released(state.model)
     facts = {
         "family": config.model.family,
-        "parameters": parameter_count(state.model),
-        "trainable_parameters": parameter_count(state.model, trainable=True),
+        "parameters": parameter_count(released),
+        "trainable_parameters": parameter_count(released, trainable=True),
         "steps": state.step,
         "images_seen": state.images_seen,
         "train_seconds": state.seconds,
@@ -279,7 +283,7 @@ def release(
             model.load_state_dict(
                 load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False
             )
-        save_pipeline(directory.model, model, trainer.schedule)
+        family.save(directory.model, model, noise_schedule(config.train.diffusion))
         write_json(directory.path / RECORD, facts)
         private = any(defense.private for defense in trainer.defenses)
         told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}

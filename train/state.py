@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from defenses.errors import UserError
+from train.adversarial import GANConfig
 from train.diffusion import DiffusionConfig, native_precision
 from train.optim import OptimizerConfig
 
@@ -36,6 +37,7 @@ class TrainConfig:
     heldout_records: int = 128  # records of the held-out split used for it, and as many of the training split
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # any Accelerate tracker; []: none
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):

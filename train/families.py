@@ -1,0 +1,95 @@
+"""The kinds of models: one table of what differs between them. The loop knows none of it; a new kind is one more entry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from defenses.base import Defense, GradientRule
+from defenses.errors import UserError
+from train import adversarial, diffusion, gan, models, sampling
+from train.models import ModelConfig
+from train.objective import Objective
+from train.optim import MeanGradient
+from train.state import TrainConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    Attributes:
+        build: (model settings, image size, channels, classes) -> everything that is trained, in one module, with random weights from
+            torch's global generator or pretrained ones.
+        released: that module -> the part that is counted, sampled and given away; the module itself where that is all of it.
+        check: (model settings, noise schedule, defenses) before the first step; raises `UserError` for what cannot be.
+        objective: (section ``train``, noise schedule) -> losses of the module that ``build`` gave.
+        rule: section ``train`` -> how losses become a gradient where no defense owns that.
+        sample: (released part, noise schedule, sampler settings, indices, shape (C, H, W), *, seed, labels, precision) -> images,
+            float32 [n, C, H, W] in [0, 1] on the CPU, each a function of (weights, seed, index, label).
+        save: (folder, module, noise schedule) writes the released form: ``model_index.json``, configurations, safetensors.
+        notes: lines of the dry run.
+    """
+
+    build: Callable[[ModelConfig, int, int, int], nn.Module]
+    released: Callable[[nn.Module], nn.Module]
+    check: Callable[[ModelConfig, DDPMScheduler, list[Defense]], None]
+    objective: Callable[[TrainConfig, DDPMScheduler], Objective]
+    rule: Callable[[TrainConfig], GradientRule]
+    sample: Callable[..., torch.Tensor]
+    save: Callable[[Path, nn.Module, DDPMScheduler], None]
+    notes: tuple[str, ...] = ()
+
+
+def _sample_pixel(model: nn.Module, schedule: DDPMScheduler, *arguments: Any, **options: Any) -> torch.Tensor:
+    return sampling.sample(model, schedule.config, *arguments, **options)
+
+
+def _sample_gan(generator, schedule, sampler, indices, shape, **options: Any) -> torch.Tensor:
+    return gan.sample(generator, indices, **options)
+
+
+def _refuse_private(config: ModelConfig, schedule: DDPMScheduler, defenses: list[Defense]) -> None:
+    for defense in defenses:
+        if type(defense).gradient_rule is not Defense.gradient_rule:
+            raise UserError(
+                f"defenses.{defense.name}",
+                "owns the gradient, which in a GAN belongs to two players: not offered",
+                "switch it off, or take model.family=pixel",
+            )
+
+
+FAMILIES = {
+    "pixel": Family(
+        build=models.build,
+        released=lambda model: model,
+        check=lambda config, schedule, defenses: models.check_schedule(config, schedule),
+        objective=lambda train, schedule: diffusion.objective(train.diffusion, schedule),
+        rule=lambda train: MeanGradient(train.batch_size, train.optimizer.max_grad_norm, train.precision),
+        sample=_sample_pixel,
+        save=models.save_pipeline,
+    ),
+    "gan": Family(
+        build=gan.build,
+        released=lambda model: model.generator,
+        check=_refuse_private,
+        objective=lambda train, schedule: adversarial.objective(train.gan),
+        rule=lambda train: adversarial.PlayersGradient(
+            train.batch_size, train.optimizer.max_grad_norm, train.precision
+        ),
+        sample=_sample_gan,
+        save=gan.save,
+        notes=(
+            "family gan: train.diffusion, generate.sampler and generate.steps are not used; an image is one forward pass",
+        ),
+    ),
+}
+
+
+def of(config: ModelConfig) -> Family:
+    """The family that ``model.family`` names."""
+    return FAMILIES[config.family]
