@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
 
 from defenses.base import CheckpointView, Defense, Verdict
 from defenses.errors import UserError
@@ -22,12 +21,22 @@ from defenses.ranks import on_main
 from eval.target import Target, target_of
 from train.checkpoint import all_steps
 from train.data import Dataset
+from train.diffusion import noise_schedule
 from train.files import write_json
 from train.models import memory_format
 from train.monitor import sample_on_all_ranks
 from train.records import pool_of
 from train.runlog import RunDirectory
-from train.stage import RECORD, SIDECAR, begin, checkpoint_pipeline, describe, sampling_frequency
+from train.stage import (
+    RECORD,
+    SIDECAR,
+    begin,
+    checkpoint_model,
+    checkpoint_pipeline,
+    describe,
+    facts_at,
+    sampling_frequency,
+)
 
 
 def added(directory: RunDirectory, config: SimpleNamespace, defenses: list[Defense]) -> list[Defense]:
@@ -52,7 +61,7 @@ def replayed(
     restore_kept(target.dataset, directory.manifest)
     begin(config, target.dataset, directory, accelerator, new)
     listeners = [each for each in new if type(each).after_checkpoint is not Defense.after_checkpoint]
-    outcome = ask(listeners, directory, output, config, target.dataset, accelerator)
+    outcome = ask(listeners, directory, config, target.dataset, accelerator)
     facts = on_main(accelerator, lambda: write_model(directory, output, config, new, outcome))
     target.pipeline, target.facts = output.model, facts
     return target
@@ -78,7 +87,6 @@ class Outcome:
 def ask(
     listeners: Sequence[Defense],
     directory: RunDirectory,
-    output: RunDirectory,
     config: SimpleNamespace,
     dataset: Dataset,
     accelerator: Accelerator,
@@ -94,7 +102,7 @@ def ask(
             "train again with train.keep_checkpoints=null, or with the defense switched on",
         )
     for step in steps:
-        view = view_of(step, directory, output, config, dataset, accelerator)
+        view = view_of(step, directory, config, dataset, accelerator)
         for defense in listeners:
             mine = defense.after_checkpoint(view)  # every rank looks, the main process decides
             verdict = on_main(accelerator, lambda mine=mine: mine) or Verdict()
@@ -107,25 +115,13 @@ def ask(
 
 
 def view_of(
-    step: int,
-    directory: RunDirectory,
-    output: RunDirectory,
-    config: SimpleNamespace,
-    dataset: Dataset,
-    accelerator: Accelerator,
+    step: int, directory: RunDirectory, config: SimpleNamespace, dataset: Dataset, accelerator: Accelerator
 ) -> CheckpointView:
     """What the defense would have seen after this checkpoint: the same images from the same weights."""
-    folder = output.path / "replay"
-    facts = on_main(accelerator, lambda: checkpoint_pipeline(config, directory, step, folder))
-    device = accelerator.device
-    model = UNet2DModel.from_pretrained(
-        folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-    )
-    model = model.to(device, memory_format=memory_format(device)).eval()
-    schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder)
+    facts, device = facts_at(directory, step), accelerator.device
+    model = checkpoint_model(config, directory, step, facts["classes"])
+    model = model.to(device, memory_format=memory_format(device))
+    schedule = noise_schedule(config.train.diffusion)
     frequency = sampling_frequency(config, dataset, [], facts["classes"])
 
     @torch.no_grad()
@@ -151,9 +147,8 @@ def write_model(
         written = dict(facts)
     else:
         written = checkpoint_pipeline(config, directory, chosen, output.model)
-        counters = json.loads((directory.checkpoints / f"step-{ended}" / "state.json").read_text())
-        written |= {"steps": ended, "images_seen": counters["images_seen"], "train_seconds": counters["seconds"]}
-        written |= {"stopped_by": outcome.stopped_by}
+        whole = {key: facts_at(directory, ended)[key] for key in ("steps", "images_seen", "train_seconds")}
+        written |= {**whole, "stopped_by": outcome.stopped_by}
     names = {each.name for each in new}
     entries = [entry for entry in facts["defenses"] if entry["name"] not in names]
     written |= {"defenses": entries + [describe(each, config) for each in new]}

@@ -51,7 +51,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if config.attack.extraction is not None:
         with timed(output, "attack_seconds", accelerator):
             found.extraction = attack(images, target.dataset, config, accelerator)
-        found.extraction.report["sampler"] = sampler_of(config) if source else None
+        found.extraction.report["sampler"] = sampler_of(source, config) if source else None
         found.extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
@@ -62,7 +62,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
             classes = source.facts["classes"] if source else None
             found.utility |= downstream_of(images, target.dataset, classes, config, accelerator)
     if target.guarded:
-        measure_unguarded(found, target, config, accelerator)
+        measure_unguarded(found, source, target, config, accelerator)
     if target.facts:
         found.along = along_training(target, config, accelerator)
     report = on_main(accelerator, lambda: assemble(target, config, source, found, accelerator))
@@ -104,21 +104,23 @@ def unguarded_folder(target: Target) -> Path:
     return target.output.path / "generations_guard_off"
 
 
-def measure_unguarded(found: Findings, target: Target, config: SimpleNamespace, accelerator: Accelerator) -> None:
+def measure_unguarded(
+    found: Findings, source: samples.Source, target: Target, config: SimpleNamespace, accelerator: Accelerator
+) -> None:
     """The same attack and quality figures with the guard off: what the weights give away."""
     images = samples.find(unguarded_folder(target), config.data.image_size, config.data.channels)
     with timed(target.output, "guard_off_seconds", accelerator):
         if config.attack.extraction is not None:
             found.unguarded = attack(images, target.dataset, config, accelerator).report
-            found.unguarded["sampler"] = sampler_of(config)
+            found.unguarded["sampler"] = sampler_of(source, config)
         if found.utility is not None:
             found.utility["guard_off"] = quality_of(images, target.dataset, config, accelerator)
 
 
-def sampler_of(config: SimpleNamespace) -> dict[str, Any]:
+def sampler_of(source: samples.Source, config: SimpleNamespace) -> dict[str, Any]:
     """How the images were drawn, as in the report."""
     settings = config.generate
-    return {"name": settings.sampler, "steps": settings.steps, "precision": settings.precision}
+    return source.sampler or {"name": settings.sampler, "steps": settings.steps, "precision": settings.precision}
 
 
 def assemble(

@@ -14,6 +14,7 @@ from train import adapters
 # Block widths, residual layers per block, levels with attention. "base" has the layout of google/ddpm-cifar10-32 and "large"
 # that of diffusers' unconditional training example, so that their published figures can be compared.
 SIZES = {
+    "nano": ((16, 32, 32), 1, ()),  # 0.3 M parameters: for machines without a GPU and without bf16
     "tiny": ((32, 64, 64), 1, ()),  # 1.1 M parameters
     "small": ((64, 128, 128), 2, (2,)),  # 6 M
     "base": ((128, 256, 256, 256), 2, (1,)),  # 36 M
@@ -26,7 +27,7 @@ class ModelConfig:
     """Section ``model``."""
 
     family: Literal["pixel", "gan"] = "pixel"  # UNet2DModel on pixels; gan: the baseline that is no diffusion model
-    size: Literal["tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
+    size: Literal["nano", "tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
     pretrained: str | None = (
         None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
     )

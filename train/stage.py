@@ -292,21 +292,31 @@ def release(
     return facts
 
 
+def facts_at(directory: RunDirectory, step: int) -> dict[str, Any]:
+    """What is known of a finished run, as of one of its checkpoints."""
+    facts = json.loads((directory.path / RECORD).read_text())
+    counters = json.loads((directory.checkpoints / f"step-{step}" / "state.json").read_text())
+    now = {"steps": step, "released_step": step, "images_seen": counters["images_seen"], "stopped_by": None}
+    return {**facts, **now, "train_seconds": counters["seconds"]}
+
+
+def checkpoint_model(config: SimpleNamespace, directory: RunDirectory, step: int, classes: list[str]) -> nn.Module:
+    """The network with the averaged weights of one checkpoint, on the CPU."""
+    model, saved = build_model(config, classes), directory.checkpoints / f"step-{step}"
+    for part in ("model", "ema"):  # the averages are of the parameters alone, buffers come from the model
+        model.load_state_dict(load_file(saved / f"{part}.safetensors"), strict=False)
+    return model.eval()
+
+
 def checkpoint_pipeline(config: SimpleNamespace, directory: RunDirectory, step: int, folder: Path) -> dict[str, Any]:
     """Writes the averaged weights of one checkpoint as the pipeline that would have been released then; one process calls it.
 
     Returns:
-        The facts of the run as of that step, which are also the new pipeline's sidecar.
+        `facts_at` that step, which are also the new pipeline's sidecar.
     """
-    facts = json.loads((directory.path / RECORD).read_text())
-    saved = directory.checkpoints / f"step-{step}"
-    model = build_model(config, facts["classes"])
-    for part in ("model", "ema"):  # the averages are of the parameters alone, buffers come from the model
-        model.load_state_dict(load_file(saved / f"{part}.safetensors"), strict=False)
-    save_pipeline(folder, model.eval(), noise_schedule(config.train.diffusion))
-    counters = json.loads((saved / "state.json").read_text())
-    facts |= {"steps": step, "released_step": step, "images_seen": counters["images_seen"], "stopped_by": None}
-    facts |= {"train_seconds": counters["seconds"]}
+    facts = facts_at(directory, step)
+    model = checkpoint_model(config, directory, step, facts["classes"])
+    families.of(config.model).save(folder, model, noise_schedule(config.train.diffusion))
     write_json(folder / SIDECAR, facts)
     return facts
 
