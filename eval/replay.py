@@ -35,6 +35,7 @@ from train.stage import (
     checkpoint_pipeline,
     describe,
     facts_at,
+    is_quiet,
     sampling_frequency,
 )
 
@@ -60,8 +61,8 @@ def replayed(
         return target
     restore_kept(target.dataset, directory.manifest)
     begin(config, target.dataset, directory, accelerator, new)
-    listeners = [each for each in new if type(each).after_checkpoint is not Defense.after_checkpoint]
-    outcome = ask(listeners, directory, config, target.dataset, accelerator)
+    is_quiet(config, target.defenses)  # refuses to choose among checkpoints of a private run by looking at its records
+    outcome = ask(new, target.defenses, directory, config, target.dataset, accelerator)
     facts = on_main(accelerator, lambda: write_model(directory, output, config, new, outcome))
     target.pipeline, target.facts = output.model, facts
     return target
@@ -85,14 +86,19 @@ class Outcome:
 
 
 def ask(
-    listeners: Sequence[Defense],
+    new: Sequence[Defense],
+    everyone: list[Defense],
     directory: RunDirectory,
     config: SimpleNamespace,
     dataset: Dataset,
     accelerator: Accelerator,
 ) -> Outcome:
-    """Shows the checkpoints to seam 5 in order, as the training loop would have."""
-    outcome = Outcome()
+    """Shows the checkpoints to seam 5 of the new defenses in order, as the training loop would have.
+
+    Args:
+        everyone: all defenses of the run, who decide what may be told of its records.
+    """
+    outcome, listeners = Outcome(), [d for d in new if type(d).after_checkpoint is not Defense.after_checkpoint]
     steps = on_main(accelerator, lambda: all_steps(directory.checkpoints)) if listeners else []
     expected = range(config.train.checkpoint_every, config.train.steps, config.train.checkpoint_every or 1)
     if listeners and not set(expected) <= set(steps):
@@ -102,7 +108,7 @@ def ask(
             "train again with train.keep_checkpoints=null, or with the defense switched on",
         )
     for step in steps:
-        view = view_of(step, directory, config, dataset, accelerator)
+        view = view_of(step, everyone, directory, config, dataset, accelerator)
         for defense in listeners:
             mine = defense.after_checkpoint(view)  # every rank looks, the main process decides
             verdict = on_main(accelerator, lambda mine=mine: mine) or Verdict()
@@ -115,14 +121,19 @@ def ask(
 
 
 def view_of(
-    step: int, directory: RunDirectory, config: SimpleNamespace, dataset: Dataset, accelerator: Accelerator
+    step: int,
+    everyone: list[Defense],
+    directory: RunDirectory,
+    config: SimpleNamespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
 ) -> CheckpointView:
     """What the defense would have seen after this checkpoint: the same images from the same weights."""
     facts, device = facts_at(directory, step), accelerator.device
     model = checkpoint_model(config, directory, step, facts["classes"])
     model = model.to(device, memory_format=memory_format(device))
     schedule = noise_schedule(config.train.diffusion)
-    frequency = sampling_frequency(config, dataset, [], facts["classes"])
+    frequency = sampling_frequency(config, dataset, everyone, facts["classes"])
 
     @torch.no_grad()
     def draw(indices: Sequence[int]) -> torch.Tensor:

@@ -252,7 +252,7 @@ def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
 def _pixels(file: Path) -> torch.Tensor:
     """A PNG of ours, float32 [C, H, W] in [0, 1]."""
     with Image.open(file) as image:
-        pixels = np.asarray(image)
+        pixels = np.array(image)  # a copy: torch wants to be able to write
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
 
 

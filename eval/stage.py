@@ -184,7 +184,7 @@ def with_findings(target: Target) -> list[dict[str, Any]]:
     """The defenses as they were recorded after training, with what those at seam 6 have measured since."""
     later = {defense.name: defense.findings() for defense in target.defenses}
     entries = target.facts.get("defenses", [])
-    return [entry | {"findings": later.get(entry["name"]) or entry.get("findings")} for entry in entries]
+    return [entry | {"findings": entry.get("findings") or later.get(entry["name"])} for entry in entries]
 
 
 def write(target: Target, config: SimpleNamespace, report: dict[str, Any], found: Findings) -> None:
