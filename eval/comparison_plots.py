@@ -1,7 +1,5 @@
 """Figures of a comparison, in the style of the report's."""
 
-from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from eval import plots
+from eval.plot_labels import at_the_right, beside
 from eval.plots import ARMS, Themed, legend, render
 from eval.standings import VERIFIED
 
@@ -55,7 +54,7 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
                 "stated utility", (floor, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), rotation=90,
                 textcoords="offset points", ha="right", va="top", fontsize=9, color=colours["text"],
             )  # fmt: skip
-        _labels(axes, [(p["x"], p["y"], p["arm"], style(index[p["arm"]])[0]) for p in points])
+        beside(axes, [(p["x"], p["y"], p["arm"], style(index[p["arm"]])[0]) for p in points])
 
     return render(draw, PLANE)
 
@@ -118,14 +117,14 @@ def early_stop(finding: dict[str, Any]) -> Themed | None:
     x = [point["step"] for point in curve]
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        axes.plot(x, [p["copies"] for p in curve], color=colours["second"], marker="o", label="of training pictures")
+        axes.plot(x, [p["copies"] for p in curve], color=colours["second"], marker="o", label="training pictures")
         axes.plot(
             x, [p["copies_control"] for p in curve], color=colours["first"], marker="s", linestyle="--",
-            label="of calibration pictures (chance)",
+            label="calibration",
         )  # fmt: skip
         if finding.get("released_step") is not None:
             axes.axvline(finding["released_step"], color=colours["text"], linestyle=":")
-        axes.set(xlabel="optimizer step (dotted: released)", ylabel="share that copies", ylim=_from_zero(axes))
+        axes.set(xlabel="optimizer step (dotted: released)", ylabel="generations that copy", ylim=_from_zero(axes))
         axes.yaxis.set_major_formatter(lambda value, _: plots.percent(value))
         legend(axes, colours)
 
@@ -177,9 +176,9 @@ def _curves(
                 axes.xaxis.set_major_locator(MaxNLocator(4))
                 axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if across[0] == utility:
-            _labels(axes, ends, [[(p[across[0]], p[up[0]]) for p in points] for points in lines.values()])
+            beside(axes, ends, [[(p[across[0]], p[up[0]]) for p in points] for points in lines.values()])
         else:
-            _end_labels(axes, ends)
+            at_the_right(axes, ends)
 
     return render(draw, size)
 
@@ -225,75 +224,3 @@ def _scale(axes: Axes, side: str, values: list[float]) -> None:
 def _from_zero(axes: Axes) -> tuple[float, float]:
     top = max(axes.dataLim.y1, 1e-9)
     return min(axes.dataLim.y0, 0.0) - 0.04 * top, top * 1.12
-
-
-def _labels(
-    axes: Axes,
-    points: list[tuple[float, float, str, str]],
-    lines: Sequence[Sequence[tuple[float, float]]] = (),
-    font: float = 10.0,
-) -> None:
-    """Names beside their points (x, y, name, colour): of a few places around each the one that hides least, ``lines`` too."""
-    axes.figure.draw_without_rendering()  # the layout is known only now
-    scale = 72 / axes.figure.dpi
-    frame = axes.get_window_extent()
-    low, high = np.array([frame.x0, frame.y0]) * scale, np.array([frame.x1, frame.y1]) * scale
-    at = axes.transData.transform([(x, y) for x, y, _, _ in points]) * scale
-    taken = [(*(spot - 5), *(spot + 5)) for spot in at]
-    for line in lines:
-        bends = axes.transData.transform(line) * scale
-        stops = np.linspace(0, len(bends) - 1, 12 * len(bends))
-        on_line = [np.interp(stops, range(len(bends)), bends[:, side]) for side in (0, 1)]
-        taken += [(*(spot - 1.5), *(spot + 1.5)) for spot in np.stack(on_line, axis=1)]
-    for spot, (x, y, name, colour) in zip(at, points, strict=True):
-        size = np.array([0.56 * font * len(name), 1.2 * font])
-        boxes = [(*(corner := _corner(spot, size, side, far)), *(corner + size)) for side, far in _PLACES]
-        costs = [_cost(box, taken, low, high) + 0.5 * far for box, (_, far) in zip(boxes, _PLACES, strict=True)]
-        best = int(np.argmin(costs))
-        box, far = np.array(boxes[best]), _PLACES[best][1]
-        taken.append(boxes[best])
-        axes.annotate(
-            name, (x, y), (box[:2] - spot + (0, 0.25 * font)), textcoords="offset points", color=colour, fontsize=font,
-            parse_math=False, annotation_clip=False, va="baseline",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6} if far > 12 else None,
-        )  # fmt: skip
-
-
-def _end_labels(axes: Axes, points: list[tuple[float, float, str, str]], font: float = 10.0) -> None:
-    """Names right of the axes, each joined to its point (x, y, name, colour), apart from each other."""
-    axes.figure.draw_without_rendering()
-    heights = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for x, y, _, _ in points]))[:, 1]
-    gap = 1.25 * font / (axes.get_window_extent().height * 72 / axes.figure.dpi)
-    order = np.argsort(heights, kind="stable")
-    place = heights[order].copy()
-    for k in range(1, len(place)):
-        place[k] = max(place[k], place[k - 1] + gap)
-    place -= max(0.0, place[-1] - 1)  # all of them below the top
-    for k in range(len(place) - 2, -1, -1):
-        place[k] = min(place[k], place[k + 1] - gap)
-    for k, height in zip(order, place, strict=True):
-        x, y, name, colour = points[k]
-        axes.annotate(
-            name, (x, y), (1.05, height), textcoords="axes fraction", color=colour, fontsize=font, va="center",
-            parse_math=False, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
-        )  # fmt: skip
-
-
-_SIDES = [(1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)]
-_PLACES = [(side, far) for far, side in product((8, 18, 30, 44), _SIDES)]
-
-
-def _corner(spot: np.ndarray, size: np.ndarray, side: tuple[int, int], far: float) -> np.ndarray:
-    """Lower left corner of a box of this size on this side of a point."""
-    return spot + far * np.array(side) + size * (np.array(side) - 1) / 2
-
-
-def _cost(box: tuple[float, ...], taken: list[tuple[float, ...]], low: np.ndarray, high: np.ndarray) -> float:
-    """Area that a box (x0, y0, x1, y1) shares with others, and much for what sticks out of the frame."""
-    shared = sum(
-        max(0.0, min(box[2], x1) - max(box[0], x0)) * max(0.0, min(box[3], y1) - max(box[1], y0))
-        for x0, y0, x1, y1 in taken
-    )
-    outside = max(0.0, low[0] - box[0]) + max(0.0, low[1] - box[1])
-    return shared + 20 * (outside + max(0.0, box[2] - high[0]) + max(0.0, box[3] - high[1]))

@@ -178,7 +178,14 @@ def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[s
     }
     facts |= {"command": "python launch/compare.py --config configs/comparison.yaml", "config_sha256": "cd" * 32}
     facts |= {"config": {"run": {"name": folder.name}}, "versions": {"torch": "2.15.0"}}
-    facts |= {"hardware": {"cpu": "Test CPU", "cores": 2, "memory_bytes": 8 * 2**30, "accelerators": []}}
+    facts |= {
+        "hardware": {
+            "cpu": "Test CPU",
+            "cores": 2,
+            "memory_bytes": 8 * 2**30,
+            "accelerators": [{"name": "Test GPU", "memory_bytes": 85_000_000_000}],
+        }
+    }
     design = {"reference": "none", "seeds": [0, 1], "factor": None, "utility": {"metric": "kid", "at_most": ABOVE}}
     design |= {"generations": 4871, "sampler": {"name": "ddim", "steps": 25}, "tier": "smoke", "steps": 2011}
     design |= {

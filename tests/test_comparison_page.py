@@ -3,104 +3,29 @@ import hashlib
 import html
 import json
 import re
-import shutil
-import subprocess
-from contextlib import nullcontext
-from html.parser import HTMLParser
-from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import pytest
 
-from eval import comparison_page
 from eval.comparison_page import render
 from eval.quoted import RULES, Quoted, lookup
+from tests.comparison_checks import (
+    Numbers,
+    at,
+    body_of_the_table,
+    check_paths,
+    check_prose,
+    check_rounding,
+    leaves,
+    make,
+)
 from tests.fabricate import HOSTILE
 from tests.fabricate_comparison import ARMS, fabricate
 from tests.test_report import FORBIDDEN, Page, shows
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-# numbers of the prose itself: level of the intervals and of the p-value, name of the hash
-CONSTANTS = {"95", "0.05", "256"}
-NUMBER = re.compile(r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)*(?:e-?\d+)?")
-
-
-class Numbers(HTMLParser):
-    """``<data>`` elements as (path, rule, value, text), and the visible text; not that of commands, of the captions of pairs,
-    and of the list of all fields.
-    """
-
-    SILENT = {"pre", "style", "script", "title"}
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.quoted, self.prose, self.all_text, self.open, self.at = [], [], [], [], None
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        named = dict(attributes)
-        if tag == "data":
-            self.at = [named["data-path"], named["data-rule"], named["value"], ""]
-        if tag not in ("img", "meta", "br", "source"):
-            self.open.append(
-                "silent" if tag in self.SILENT or named.get("class") in ("evidence", "keys fields") else tag
-            )
-
-    def handle_endtag(self, tag):
-        self.open.pop()
-        if tag == "data":
-            self.quoted.append(self.at)
-            self.at = None
-
-    def handle_data(self, text):
-        if "silent" in self.open:
-            return
-        self.all_text.append(text)
-        if self.at:
-            self.at[3] += text
-        else:
-            self.prose.append(text)
-
-
-def make(folder: Path, *, restricted=False, change=None, images=True, figures=False, **options):
-    """A comparison, its training pictures and its page; drawing takes the most time, and few tests need it."""
-    comparison, pictures = fabricate(folder / "phantom", **options)
-    if change:
-        change(comparison)
-    nothing = dict.fromkeys(("weights", "outputs", "trajectories", "verified", "metric", "trend"))
-    nothing |= {"copies": [None] * len(comparison["arms"])}
-    undrawn = mock.patch.object(comparison_page, "_figures", return_value=nothing)
-    with nullcontext() if figures else undrawn:
-        render(folder / "phantom", comparison, restricted=restricted, images=pictures.image if images else None)
-    return comparison, pictures, Page(folder / "phantom" / "comparison.html")
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     return make(tmp_path_factory.mktemp("opened"), figures=True)
-
-
-def at(tree, path: str):
-    """The value at a path, found by trying every way to split it: slower than `lookup`, and written without it."""
-    if path == "":
-        yield tree
-    parts = path.split(".")
-    for size in range(1, len(parts) + 1):
-        key, rest = ".".join(parts[:size]), ".".join(parts[size:])
-        if isinstance(tree, dict) and key in tree:
-            yield from at(tree[key], rest)
-        elif isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
-            yield from at(tree[int(key)], rest)
-
-
-def body_of_the_table(source: str) -> list[str]:
-    """Names of the arms in the order of the table's rows."""
-    rows = re.search(r"<tbody.*?</tbody>", source, re.DOTALL).group()
-    return [html.unescape(name) for name in re.findall(r'<th role="rowheader"[^>]*data-sort="([^"]*)"', rows)]
 
 
 def test_one_file_with_one_hashed_script(opened):
@@ -126,39 +51,6 @@ def test_sections_in_order(opened):
     order = ["verdict", "table", "plane", "along", "copies", "trend", "findings", "evidence", "samples", "reproduce"]
     assert ids == [*order, "not-measured", "reading"]
     assert not FORBIDDEN.search(page.visible)
-
-
-def check_paths(comparison, source: str) -> int:
-    """Every marked number is the one at its path, written by its rule; returns how many there are."""
-    quoted = Numbers(source).quoted
-    for path, rule, value, text in quoted:
-        found = list(at(comparison, path))
-        assert len(found) == 1 and str(found[0]) == value and RULES[rule](found[0]) == text
-    return len(quoted)
-
-
-def check_prose(comparison, source: str) -> None:
-    """The rest of the text quotes strings of the JSON, and has no other digits."""
-    strings = {token for leaf in _leaves(comparison) for token in NUMBER.findall(str(leaf))} | CONSTANTS
-    assert set(NUMBER.findall(" ".join(Numbers(source).prose))) <= strings
-
-
-def check_rounding(comparison, source: str) -> None:
-    """Without the paths: each number in the visible text is a value of comparison.json at the precision it is shown with."""
-    text = " ".join(Numbers(source).all_text).replace("\N{NARROW NO-BREAK SPACE}", " ")
-    strings, values = [], []
-    for leaf in _leaves(comparison):
-        (values if isinstance(leaf, int | float) else strings).append(leaf)
-    allowed = {token for leaf in strings for token in NUMBER.findall(leaf)} | CONSTANTS
-    values = np.array(values, dtype=float)
-    minutes = values // 60
-    known = [values, 100 * values, minutes, values - 60 * minutes, minutes // 60, minutes % 60, values / 2**30]
-    known = np.abs(np.concatenate(known))
-    for token in set(NUMBER.findall(text)) - allowed:
-        mantissa, _, exponent = token.replace(",", "").partition("e")
-        last_place = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-        nearest = np.abs(known - float(token.replace(",", ""))).min()
-        assert nearest <= 0.51 * last_place, f"{token} is not in comparison.json"
 
 
 def test_every_number_is_in_the_json(opened):
@@ -193,8 +85,8 @@ def test_all_fields_are_listed(opened):
     comparison, _, page = opened
     table = page.source[page.source.index('<table class="keys fields">') :]
     cells = [html.unescape(text) for text in re.findall(r'<tr><th scope="row">.*?</th><td>(.*?)</td></tr>', table)]
-    listed = [leaf for cell in cells for leaf in _leaves([json.loads(cell)])]
-    expected = [leaf for leaf in _leaves(comparison) if not isinstance(leaf, str)]
+    listed = [leaf for cell in cells for leaf in leaves([json.loads(cell)])]
+    expected = [leaf for leaf in leaves(comparison) if not isinstance(leaf, str)]
     assert [leaf for leaf in listed if not isinstance(leaf, str)] == expected and len(expected) > 800
 
 
@@ -357,77 +249,3 @@ def test_a_failed_page_leaves_no_file(tmp_path):
     with pytest.raises(KeyError):
         render(tmp_path / "phantom", comparison, restricted=False, images={}.__getitem__)
     assert not list((tmp_path / "phantom").glob("*comparison.html*"))
-
-
-def browse(page: Path, folder: Path, *flags: str, fragment: str = "") -> tuple[str, str]:
-    """Opens a page in headless Chromium with an empty profile; returns the DOM and what was logged."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    options += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
-    found = subprocess.run(
-        [CHROMIUM, *options, f"--user-data-dir={folder}", *flags, f"{page.as_uri()}{fragment}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout, "\n".join(line for line in found.stderr.splitlines() if "CONSOLE" in line)
-
-
-@needs_chromium
-@pytest.mark.slow
-def test_sorting_in_a_browser(tmp_path, opened):
-    comparison, pictures, page = opened
-    file = pictures.folder.parent / "comparison.html"
-    mean = {
-        arm["name"]: arm["summary"].get("privacy.extraction.verified", {}).get("mean") for arm in comparison["arms"]
-    }
-    dom, log = browse(file, tmp_path / "a", "--dump-dom", fragment="#sort=verified")
-    shown = [mean[name] for name in body_of_the_table(dom)]
-    assert shown[:-1] == sorted(shown[:-1]) and shown[-1] is None and log == ""
-    assert dom.count("<button") == len(re.findall(r"data-key=", dom)) >= 11 and 'aria-sort="ascending"' in dom
-    dom, _ = browse(file, tmp_path / "b", "--dump-dom", fragment="#sort=-verified")
-    shown = [mean[name] for name in body_of_the_table(dom)]
-    assert shown[:-1] == sorted(shown[:-1], reverse=True) and shown[-1] is None and 'aria-sort="descending"' in dom
-    assert body_of_the_table(page.source) == list(ARMS)  # as written
-
-
-@needs_chromium
-@pytest.mark.slow
-def test_without_scripts_the_table_is_complete(tmp_path, opened):
-    """A script that differs from the hash by one letter is refused, and the page says the same."""
-    _, pictures, page = opened
-    file = pictures.folder.parent / "blocked.html"
-    file.write_text(page.source.replace("<script>(() => {", "<script>( () => {"))
-    dom, log = browse(file, tmp_path / "a", "--dump-dom", fragment="#sort=verified")
-    assert "Content Security Policy" in log and "<button" not in dom and "<th aria-sort" not in dom
-    assert body_of_the_table(dom) == list(ARMS)
-    assert (
-        re.sub(r"\s+", " ", "".join(Numbers(dom).all_text)).strip()
-        == re.sub(r"\s+", " ", "".join(Numbers(page.source).all_text)).strip()
-    )
-
-
-@needs_chromium
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [500, 1280])
-def test_nothing_sticks_out_sideways(tmp_path, opened, width):
-    """The page measures itself: no element but what scrolls on its own is wider than the window."""
-    _, pictures, page = opened
-    file = pictures.folder.parent / f"wide{width}.html"
-    probe = "document.title = document.documentElement.scrollWidth - innerWidth;"
-    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.source)
-    file.write_text(without.replace("</script>", f"</script><script>{probe}</script>"))
-    dom, _ = browse(file, tmp_path / "a", "--dump-dom", f"--window-size={width},900")
-    assert int(re.search(r"<title>(-?\d+)</title>", dom).group(1)) <= 0
-    shot = tmp_path / "page.png"
-    browse(file, tmp_path / "b", f"--screenshot={shot}", f"--window-size={width},900")
-    assert shot.stat().st_size > 10_000
-
-
-def _leaves(value):
-    if isinstance(value, dict | list):
-        yield from (key for key in value if isinstance(value, dict))
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif value is not None and not isinstance(value, bool):
-        yield value
