@@ -25,12 +25,16 @@ def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+CONTROL = {"control": "verified", "p_value": "p_value"}  # name in ``guard_off`` -> part of the control
+
+
 def guard_off(report: dict[str, Any]) -> dict[str, Any]:
-    """What leaks where the output filter is switched off, that is, from the weights; ``control``: verified there."""
+    """What leaks where the output filter is switched off, that is, from the weights; ``control``: verified there, with p_value."""
     extraction = report["privacy"]["extraction_guard_off"]
     return (
         {name: extraction.get(name) for name in GUARD_OFF}
-        | {"control": lookup(extraction, "control.verified"), "by_copies": extraction.get("by_copies")}
+        | {name: lookup(extraction, f"control.{key}") for name, key in CONTROL.items()}
+        | {"by_copies": extraction.get("by_copies")}
         | {metric: lookup(report, f"utility.guard_off.{metric}") for metric in METRICS}
     )
 

@@ -41,10 +41,11 @@ from train.stage import (
 
 
 def added(directory: RunDirectory, config: SimpleNamespace, defenses: list[Defense]) -> list[Defense]:
-    """Those of ``defenses`` that the run was trained without, or with other settings."""
+    """Those of ``defenses`` that need no training and that the run was trained without, or with other settings."""
     known = json.loads((directory.path / RECORD).read_text())["defenses"]
     settings = {entry["name"]: entry["settings"] for entry in known}
-    return [each for each in defenses if settings.get(each.name) != describe(each, config)["settings"]]
+    later = [each for each in defenses if each.after_training]
+    return [each for each in later if settings.get(each.name) != describe(each, config)["settings"]]
 
 
 def replayed(

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from eval.comparison import assemble
 from eval.comparison_page import render
 from eval.quoted import RULES, Quoted, lookup
+from tests import comparisons
 from tests.comparison_checks import (
     Numbers,
     at,
@@ -70,10 +72,9 @@ def test_a_number_that_is_made_up_is_noticed(opened, check):
 
 
 def test_the_page_of_an_assembled_comparison(tmp_path):
-    fixture, assemble = pytest.importorskip("tests.comparisons"), pytest.importorskip("eval.comparison").assemble
-    arms, keywords = fixture.write_comparison(tmp_path)
+    arms, keywords = comparisons.write_comparison(tmp_path)
     comparison = assemble(arms, **keywords)
-    render(tmp_path, comparison, restricted=False, images=lambda _: fixture.picture(1))
+    render(tmp_path, comparison, restricted=False, images=lambda _: comparisons.picture(1))
     page = Page(tmp_path / "comparison.html")
     assert check_paths(comparison, page.source) > 150
     check_prose(comparison, page.source)
