@@ -124,7 +124,7 @@ def early_stop(finding: dict[str, Any]) -> Themed | None:
         )  # fmt: skip
         if finding.get("released_step") is not None:
             axes.axvline(finding["released_step"], color=colours["text"], linestyle=":")
-        axes.set(xlabel="optimizer step (dotted: released)", ylabel="generations that copy", ylim=_from_zero(axes))
+        axes.set(xlabel="optimizer step (dotted: released)", ylabel="generations that copy", ylim=_from_zero(axes, 0.05))
         axes.yaxis.set_major_formatter(lambda value, _: plots.percent(value))
         legend(axes, colours)
 
@@ -221,6 +221,7 @@ def _scale(axes: Axes, side: str, values: list[float]) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _from_zero(axes: Axes) -> tuple[float, float]:
-    top = max(axes.dataLim.y1, 1e-9)
+def _from_zero(axes: Axes, least: float = 1.0) -> tuple[float, float]:
+    """Limits of an axis that begins at 0 and, where nothing was found, still reaches ``least``."""
+    top = max(axes.dataLim.y1, least)
     return min(axes.dataLim.y0, 0.0) - 0.04 * top, top * 1.12
