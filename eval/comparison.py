@@ -138,7 +138,7 @@ def _run(outcome: Outcome) -> dict[str, Any]:
         "by_copies": lookup(report, f"{EXTRACTION}.by_copies"),
         "along": [checkpoint(point) for point in report.get("along") or []],
         "guard_off": guard_off(report) if outcome.guarded else None,
-        "findings": [{"name": defense["name"], "found": defense["findings"]} for defense in measured],
+        "findings": [{"name": defense["name"], **defense["findings"]} for defense in measured],
     }
 
 

@@ -62,7 +62,7 @@ def test_every_number_of_a_run_is_in_its_report(planted, compared):
                 off = report["privacy"]["extraction_guard_off"]
                 assert all(told["guard_off"][key] == off[key] for key in ("verified", "candidates", "by_copies"))
                 assert told["guard_off"]["kid"] == report["utility"]["guard_off"]["kid"]
-                assert told["findings"] == [{"name": "filter", "found": report["defenses"][0]["findings"]}]
+                assert told["findings"] == [{"name": "filter", **report["defenses"][0]["findings"]}]
 
 
 def test_values_hold_what_the_page_shows(compared):
