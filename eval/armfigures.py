@@ -25,15 +25,21 @@ def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-CONTROL = {"control": "verified", "p_value": "p_value"}  # name in ``guard_off`` -> part of the control
+# name in ``guard_off`` -> path in the extraction report
+GUARD_OFF_PATHS = {
+    "control": "control.verified",
+    "p_value": "control.p_value",
+    "by_correlation": "by_correlation.verified",
+    "by_correlation_control": "by_correlation.control.verified",
+}
 
 
 def guard_off(report: dict[str, Any]) -> dict[str, Any]:
-    """What leaks where the output filter is switched off, that is, from the weights; ``control``: verified there, with p_value."""
+    """What leaks where the output filter is switched off, that is, from the weights; ``control``: verified in held-out pictures."""
     extraction = report["privacy"]["extraction_guard_off"]
     return (
         {name: extraction.get(name) for name in GUARD_OFF}
-        | {name: lookup(extraction, f"control.{key}") for name, key in CONTROL.items()}
+        | {name: lookup(extraction, path) for name, path in GUARD_OFF_PATHS.items()}
         | {"by_copies": extraction.get("by_copies")}
         | {metric: lookup(report, f"utility.guard_off.{metric}") for metric in METRICS}
     )
