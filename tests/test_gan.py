@@ -19,6 +19,7 @@ from defenses.seeding import RecordRandom, generator
 from eval import samples
 from eval.config import GenerateConfig
 from tests.small import OVERRIDES, opened, small_config
+from tests.test_distributed import TEN_STEPS, launch
 from train import adversarial, families, gan
 from train.adversarial import GANConfig, PlayersGradient, penalty, per_example_loss
 from train.gan import GANPipeline
@@ -73,8 +74,8 @@ def test_generators_are_about_as_large_as_the_pixel_networks(size):
 def test_no_layer_mixes_examples():
     """A record's loss does not depend on the batch around it: every example by itself gives the same numbers."""
     model, batch = built(classes=3), a_batch(classes=3)
-    together = per_example_loss(model, batch, 1.0)
-    alone = torch.cat([per_example_loss(model, batch[i : i + 1], 1.0) for i in range(len(batch))])
+    together = per_example_loss(model, batch, GANConfig())
+    alone = torch.cat([per_example_loss(model, batch[i : i + 1], GANConfig()) for i in range(len(batch))])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -94,22 +95,29 @@ def test_projection_discriminator_by_hand():
 
 def test_gradients_of_both_players(all_penalised):
     """Against the two losses written out (log of the logistic function) and derived player by player."""
-    model, batch, gamma = built(classes=3), a_batch(classes=3), 2.5
-    per_example_loss(model, batch, gamma).mean().backward()
-    latents = torch.stack([torch.randn(128, generator=generator(0, "latent", 3, row, 0)) for row in range(5)])
+    model, batch, gamma, weight = built(classes=3), a_batch(classes=3), 2.5, 0.7
+    config = GANConfig(r1_gamma=gamma, diversity=weight)
+    per_example_loss(model, batch, config).mean().backward()
+
+    def drawn(purpose):
+        return torch.stack([torch.randn(128, generator=generator(0, purpose, 3, row, 0)) for row in range(5)])
+
+    latents, others = drawn("latent"), drawn("other latent")
     images = batch.images.clone().requires_grad_()
     fakes = model.generator(latents, batch.labels)
     real, fake = model.discriminator(images, batch.labels), model.discriminator(fakes, batch.labels)
     slopes = [torch.autograd.grad(real[i], images, create_graph=True)[0][i] for i in range(5)]
     r1 = torch.stack([(slope**2).sum() for slope in slopes])
     judge = -torch.log(torch.sigmoid(real)) - torch.log(1 - torch.sigmoid(fake)) + gamma / 2 * r1
-    forger = -torch.log(torch.sigmoid(fake))
+    pairs = zip(latents, others, fakes, model.generator(others, batch.labels), strict=True)
+    spread = torch.stack([(a - b).abs().mean() / ((x - y).abs().mean() + 0.01) for a, b, x, y in pairs])
+    forger = -torch.log(torch.sigmoid(fake)) + weight * spread
     for player, loss in ((model.discriminator, judge), (model.generator, forger)):
         parameters = dict(player.named_parameters())
         wanted = torch.autograd.grad(loss.mean(), list(parameters.values()), retain_graph=True, materialize_grads=True)
         for (name, parameter), gradient in zip(parameters.items(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=2e-3, atol=2e-5, msg=name)
-    torch.testing.assert_close(per_example_loss(model, batch, gamma), judge + forger, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(per_example_loss(model, batch, config), judge + forger, rtol=1e-4, atol=1e-4)
 
 
 class Linear(nn.Module):
@@ -161,7 +169,7 @@ def test_rule_is_the_mean_over_microbatches():
         model, batch, rule = built(), a_batch(6), PlayersGradient(size, "auto", "fp32")
         losses = rule.backward(
             model,
-            lambda m, b: per_example_loss(m, b, 1.0),
+            lambda m, b: per_example_loss(m, b, GANConfig()),
             Microbatches([lambda part=part: batch[part] for part in parts]),
             0,
             Accelerator(cpu=True),
@@ -292,6 +300,18 @@ def test_foreign_folders_are_told(straight, tmp_path):
         DiffusionPipeline.from_pretrained(straight[1].model)
 
 
+@pytest.mark.multi
+@pytest.mark.slow
+def test_one_and_two_processes_train_alike(tmp_path):
+    """With two micro-batches and an odd batch: the explicit sum over ranks gives the same weights within rounding."""
+    for processes in (1, 2):
+        options = [*ON, "train.steps=4", f"run.output_dir={tmp_path}", f"run.name=p{processes}"]
+        launch(processes, "train/run.py", *TEN_STEPS, *options)
+    one, two = (load_file(tmp_path / f"p{p}" / "checkpoints" / "step-4" / "model.safetensors") for p in (1, 2))
+    differences = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert differences.mean() < 1e-7 and differences.max() < 1e-4
+
+
 # refusals
 
 
@@ -302,6 +322,7 @@ def test_foreign_folders_are_told(straight, tmp_path):
         ("model.dropout=0.1", "model.dropout"),
         ("model.trainable=['*norm*']", "model.trainable"),
         ("train.gan.r1_gamma=-1", "train.gan.r1_gamma"),
+        ("train.gan.diversity=-1", "train.gan.diversity"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, override, key):
@@ -333,7 +354,7 @@ def test_two_modes_are_learned():
     for step in range(250):
         batch = Batch(images, rows, None, RecordRandom(0, step, rows, rows * 0))
         optimizer.zero_grad()
-        per_example_loss(model, batch, GANConfig().r1_gamma).mean().backward()
+        per_example_loss(model, batch, GANConfig()).mean().backward()
         optimizer.step()
     drawn = gan.sample(model.generator.eval(), range(128), seed=0)
     level = drawn.flatten(1).mean(1)

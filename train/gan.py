@@ -80,6 +80,10 @@ class Generator(ModelMixin, ConfigMixin):
         self.norm = nn.GroupNorm(4, widths[-1])
         self.to_pixels = nn.Conv2d(widths[-1], channels * PATCH**2, 3, padding=1)
         self.apply(_initialise)
+        # at the default scale all latents would begin as nearly the same picture, which invites the collapse to one mode
+        for layer in (self.style[0], self.style[2], self.start):
+            nn.init.kaiming_normal_(layer.weight, a=0.2)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, latents: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """Images, [B, channels, S, S] in [-1, 1].
@@ -93,7 +97,7 @@ class Generator(ModelMixin, ConfigMixin):
         if self.embedding is not None:
             latents = latents + self.embedding(class_labels)
         style = self.style(latents)  # [B, latent]
-        maps = self.start(style).unflatten(1, (-1, self.sides[0], self.sides[0]))
+        maps = self.start(latents).unflatten(1, (-1, self.sides[0], self.sides[0]))
         for side, block in zip(self.sides, self.blocks, strict=True):
             if maps.shape[-1] != side:
                 maps = functional.interpolate(maps, size=(side, side), mode="nearest")
