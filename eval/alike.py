@@ -25,6 +25,8 @@ MEASURED = {f"privacy.extraction.settings.{name}" for name in ("inexact_cliques"
 # compared only where both have it: other families have no sampler, and a classifier can fail in one arm
 OPTIONAL = ("privacy.extraction.sampler", "utility.downstream.settings")
 
+GAN = "gan"
+
 
 def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> None:
     """Refuses a comparison of things that were not measured alike.
@@ -60,6 +62,9 @@ def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str |
 def _facts(outcome: Outcome, varied: str | None) -> dict[str, Any]:
     """Fields that must agree, settings one by one. Where an output filter withheld images, the attack without it counts."""
     report = outcome.report
+    if lookup(report, "privacy.extraction.sampler.name") == GAN:  # one forward pass: there is nothing to sample with
+        privacy = report["privacy"]
+        report = report | {"privacy": privacy | {"extraction": privacy["extraction"] | {"sampler": None}}}
     if outcome.guarded:
         privacy = report["privacy"]
         report = report | {"privacy": privacy | {"extraction": privacy["extraction_guard_off"]}}

@@ -124,7 +124,9 @@ def early_stop(finding: dict[str, Any]) -> Themed | None:
         )  # fmt: skip
         if finding.get("released_step") is not None:
             axes.axvline(finding["released_step"], color=colours["text"], linestyle=":")
-        axes.set(xlabel="optimizer step (dotted: released)", ylabel="generations that copy", ylim=_from_zero(axes, 0.05))
+        axes.set(
+            xlabel="optimizer step (dotted: released)", ylabel="generations that copy", ylim=_from_zero(axes, 0.05)
+        )
         axes.yaxis.set_major_formatter(lambda value, _: plots.percent(value))
         legend(axes, colours)
 

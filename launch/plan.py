@@ -283,9 +283,16 @@ def _check_alike(jobs: list[Job], config: CompareConfig) -> None:
     """Refuses arms that would be measured differently: their difference would not be the defense's."""
     factor = config.factor.key if config.factor else None
     first = _leaves(jobs[0].config)
-    sections = MEASURED_ALIKE if factor else (*MEASURED_ALIKE, "data", "train.steps", "train.batch_size", "model")
+    sections = MEASURED_ALIKE if factor else (*MEASURED_ALIKE, "data", "model")
+    budget = _images_seen(jobs[0])
     for job in jobs[1:]:
         leaves = _leaves(job.config)
+        if not factor and _images_seen(job) != budget:
+            raise UserError(
+                f"arms.{job.arm}: train.steps",
+                f"x train.batch_size gives {_images_seen(job)} images seen, {budget} in {jobs[0].arm}: not the same budget",
+                "set both for all arms in overrides, or change them together",
+            )
         for key in sorted(first.keys() | leaves.keys()):
             free = key == factor or (config.arms and key.startswith("model.family"))
             if not free and key.startswith(sections) and first.get(key) != leaves.get(key):
@@ -294,6 +301,10 @@ def _check_alike(jobs: list[Job], config: CompareConfig) -> None:
                     f"is {leaves.get(key)}, {first.get(key)} in {jobs[0].arm}: the arms could not be compared",
                     "set it for all arms in overrides",
                 )
+
+
+def _images_seen(job: Job) -> int:
+    return job.config.train.steps * job.config.train.batch_size
 
 
 def launcher(config: LauncherConfig, slot: int = 0) -> tuple[list[str], dict[str, str]]:

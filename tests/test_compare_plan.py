@@ -78,7 +78,7 @@ def test_a_factor_makes_an_arm_of_every_value(tmp_path):
         ({"arms": {"none": [], "bad": ["defenses.dedup={threshold: 3}"]}}, [], r"arms.bad: defenses.dedup.threshold"),
         ({"arms": {"none": [], "more": ["generate.count=99"]}}, [], r"arms.more: generate.count: is 99, 32 in none"),
         ({"arms": {"none": [], "other": ["data.split_seed=1"]}}, [], r"arms.other: data.split_seed"),
-        ({"arms": {"none": [], "longer": ["train.steps=40"]}}, [], r"arms.longer: train.steps"),
+        ({"arms": {"none": [], "longer": ["train.steps=40"]}}, [], r"arms.longer: train.steps: .* 640 images seen, 320"),
         ({"arms": {"../x": []}}, [], r"arms: '../x' is not a plain folder name"),
         ({"launcher": {"config_file": "launch/none.yaml"}}, [], r"launcher.config_file: launch/none.yaml does not exist"),
         ({"launcher": {"gpus": [0, 1, 2], "parallel": 2}}, [], r"launcher.gpus: 3 GPUs cannot be shared"),
@@ -109,6 +109,12 @@ def test_early_stop_needs_the_checkpoints(tmp_path):
         plan(write(tmp_path, arms=arms, overrides=["train.keep_checkpoints=2"]), [])
 
 
+def test_one_budget_in_other_batches_and_another_family(tmp_path):
+    arms = {"none": [], "gan": ["model.family=gan", "train.steps=40", "train.batch_size=8"]}
+    whole = plan(write(tmp_path, arms=arms), [])
+    assert [job.config.model.family for job in whole.jobs] == ["pixel", "pixel", "gan", "gan"]
+
+
 def test_gpus_are_shared_out_and_cpus_get_torchrun():
     config = planning.LauncherConfig(
         config_file="launch/accelerate/ddp.yaml", processes=2, parallel=2, gpus=[4, 5, 6, 7]
@@ -122,6 +128,9 @@ def test_gpus_are_shared_out_and_cpus_get_torchrun():
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_comparison_can_be_planned(file):
-    missing = "data.source" if "source=" not in file.read_text() and "cxr" in file.stem else None
-    whole = plan(file, [f"{missing}=phantom", "data.group_key=patient"] if missing else [])
+    given = ["data.source=phantom", "data.group_key=patient"] if file.stem == "cxr" else []
+    whole = plan(file, given)
     assert len(whole.jobs) == len(whole.overrides) * len(whole.config.seeds)
+    if file.stem == "cxr":  # the pictures are the user's
+        with pytest.raises(UserError, match="data.source: has no value"):
+            plan(file, [])
