@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.wording import duration
-from launch.plan import Job, LauncherConfig, launcher
+from launch.plan import Job
+from launch.settings import LauncherConfig, launcher
 from train import cli
 
 POLL_SECONDS = 0.2

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from launch import jobs
-from launch.plan import Job, LauncherConfig
+from launch.plan import Job
+from launch.settings import LauncherConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,7 +103,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from launch import jobs
-from launch.plan import Job, LauncherConfig
+from launch.plan import Job
+from launch.settings import LauncherConfig
 jobs.launcher = lambda config, slot=0: ([sys.executable, "-c"], {})
 folder = Path(sys.argv[1]) / "a"
 only = Job(arm="a", seed=0, config=SimpleNamespace(), directory=folder, manifest=folder, command=[sys.argv[2]])

@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from defenses.errors import UserError
-from launch import plan as planning
 from launch.plan import plan, shown
+from launch.settings import LauncherConfig, launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
@@ -116,12 +116,10 @@ def test_one_budget_in_other_batches_and_another_family(tmp_path):
 
 
 def test_gpus_are_shared_out_and_cpus_get_torchrun():
-    config = planning.LauncherConfig(
-        config_file="launch/accelerate/ddp.yaml", processes=2, parallel=2, gpus=[4, 5, 6, 7]
-    )
-    words, environment = planning.launcher(config, slot=1)
+    config = LauncherConfig(config_file="launch/accelerate/ddp.yaml", processes=2, parallel=2, gpus=[4, 5, 6, 7])
+    words, environment = launcher(config, slot=1)
     assert environment == {"CUDA_VISIBLE_DEVICES": "6,7"} and words[-2:] == ["--main_process_port", "0"]
-    words, environment = planning.launcher(planning.LauncherConfig(processes=2))
+    words, environment = launcher(LauncherConfig(processes=2))
     assert words[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert environment == {"ACCELERATE_USE_CPU": "true"}
 
