@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from defenses.ranks import on_main
 from eval import samples
+from eval.generations import find
 from eval.measure import attack, quality_of
 from eval.target import Target, timed
 from train.checkpoint import all_steps
@@ -43,7 +44,7 @@ def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Ac
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         source = samples.load(model, config.generate, config.run.seed, shape, accelerator.device)
         samples.generate(source, generations, config.generate, [], config.run.seed, accelerator)
-        images = samples.find(generations, config.data.image_size, config.data.channels)
+        images = find(generations, config.data.image_size, config.data.channels)
         extraction = None
         if config.attack.extraction is not None:
             report = attack(images, target.dataset, config, accelerator).report

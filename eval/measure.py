@@ -8,19 +8,17 @@ import numpy as np
 from accelerate import Accelerator
 
 from defenses.errors import UserError
-from eval import samples
 from eval.correlation import by_correlation
 from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
 from eval.extraction import Extraction, check_tier, untargeted
+from eval.generations import Generations
 from eval.prompted import prompted
 from eval.quality import measure
 from eval.target import pictures_of
 from train.data import Dataset
 
 
-def attack(
-    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
-) -> Extraction:
+def attack(images: Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator) -> Extraction:
     """The extraction attack in the protocol that fits: prompted where generations are grouped by prompt."""
     settings = config.attack.extraction
     training, heldout = pictures_of(dataset, "train"), pictures_of(dataset, "heldout")
@@ -44,7 +42,7 @@ def attack(
 
 
 def quality_of(
-    images: samples.Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
+    images: Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
 ) -> dict[str, Any] | None:
     """Image quality against held-out pictures; None where there are none."""
     rows = dataset.rows("heldout")
@@ -61,7 +59,7 @@ def quality_of(
 
 
 def downstream_of(
-    images: samples.Generations,
+    images: Generations,
     dataset: Dataset,
     classes: list[str] | None,
     config: SimpleNamespace,
@@ -81,6 +79,6 @@ def downstream_of(
     return measure_downstream(labelled, dataset, classes, config.utility.downstream, accelerator)
 
 
-def _read(images: samples.Generations, config: SimpleNamespace) -> np.ndarray:
+def _read(images: Generations, config: SimpleNamespace) -> np.ndarray:
     names = [name for _, files in images.groups for name in files]
     return images.read(names, config.data.image_size, config.data.channels)

@@ -11,27 +11,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DModel
-from PIL import Image
 from tqdm import tqdm
 
 from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
+from eval.generations import file_of, pixels, save, withheld
 from train.data import Dataset
-from train.files import atomic, write_csv
+from train.files import write_csv
 from train.gan import PIPELINE as GAN_PIPELINE
 from train.gan import GANPipeline
 from train.gan import sample as sample_gan
-from train.imagefolder import read_file
-from train.images import Rejected, decode
 from train.models import memory_format, parameter_count
-from train.sampling import blocks, class_of_sample, sample, to_pil, to_uint8
+from train.sampling import blocks, class_of_sample, sample
 from train.stage import SIDECAR
 
-WITHHELD = ".withheld"  # suffix of the empty file that stands where a defense let no image out
 UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a foreign model
-MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
 
 Draw = Callable[
     [Sequence[int], Sequence[Any] | None], torch.Tensor
@@ -200,8 +196,8 @@ def generate(
     work = [(number, block) for number in range(len(groups)) for block in blocks(count, config.batch_size, 0, 1)]
     mine = work[accelerator.process_index :: accelerator.num_processes]
     for number, block in tqdm(mine, desc="generate", unit="batch", disable=not accelerator.is_main_process):
-        files = [_file(folder, number if prompts else None, index) for index in block]
-        if all(file.exists() or _withheld(file).exists() for file in files):
+        files = [file_of(folder, number if prompts else None, index) for index in block]
+        if all(file.exists() or withheld(file).exists() for file in files):
             continue
         conditions = None
         if prompts:
@@ -209,7 +205,7 @@ def generate(
         elif len(source.class_frequency):
             conditions = class_of_sample(block, source.class_frequency, seed)
         for file, image in zip(files, source.draw(list(block), conditions), strict=True):
-            _save(file, image)
+            save(file, image)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_csv(
@@ -220,48 +216,24 @@ def generate(
     accelerator.wait_for_everyone()
 
 
-def _save(file: Path, image: torch.Tensor) -> None:
-    """One image, float32 [C, H, W] in [0, 1], as a PNG; an empty marker in its place where a defense withheld it (NaN)."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if image.isnan().any():
-        _withheld(file).touch()
-        return
-    with atomic(file, "wb") as handle:
-        to_pil(to_uint8(image[None])[0]).save(handle, format="PNG")
-
-
 def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
     """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn."""
     draw, number = source.draw, {prompt: place for place, prompt in enumerate(prompts)}
 
     def reading(indices: Sequence[int], conditions: Sequence[Any] | None) -> torch.Tensor:
         files = [
-            _file(folder, number[conditions[place]] if prompts else None, index) for place, index in enumerate(indices)
+            file_of(folder, number[conditions[place]] if prompts else None, index)
+            for place, index in enumerate(indices)
         ]
         missing = [place for place, file in enumerate(files) if not file.exists()]
         drawn = {}
         if missing:
             some = None if conditions is None else [conditions[place] for place in missing]
             drawn = dict(zip(missing, draw([indices[place] for place in missing], some), strict=True))
-        read = [drawn[place] if place in drawn else _pixels(file) for place, file in enumerate(files)]
+        read = [drawn[place] if place in drawn else pixels(file) for place, file in enumerate(files)]
         return torch.stack(read)
 
     source.draw = reading
-
-
-def _pixels(file: Path) -> torch.Tensor:
-    """A PNG of ours, float32 [C, H, W] in [0, 1]."""
-    with Image.open(file) as image:
-        pixels = np.array(image)  # a copy: torch wants to be able to write
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
-
-
-def _withheld(file: Path) -> Path:
-    return file.with_suffix(WITHHELD)
-
-
-def _file(folder: Path, prompt: int | None, index: int) -> Path:
-    return folder / f"{index:06d}.png" if prompt is None else folder / f"{prompt:05d}" / f"{index:06d}.png"
 
 
 def _index(source: Source, folder: Path, groups: list, count: int, seed: int):
@@ -270,77 +242,6 @@ def _index(source: Source, folder: Path, groups: list, count: int, seed: int):
             condition = prompt
             if prompt is None and len(source.class_frequency):
                 condition = int(class_of_sample([index], source.class_frequency, seed)[0])
-            file = _file(folder, None if prompt is None else number, index)
+            file = file_of(folder, None if prompt is None else number, index)
             row = {"file": str(file.relative_to(folder)), "index": index, "seed": seed, "condition": condition}
-            yield row | {"withheld": _withheld(file).exists()}
-
-
-@dataclass
-class Generations:
-    """Image files to attack: one group per prompt, or a single unnamed group."""
-
-    folder: Path
-    groups: list[tuple[str, list[str]]]  # (sub-folder or "", file names relative to `folder`)
-    rejected: dict[str, str]  # file -> reason
-
-    @property
-    def prompted(self) -> bool:
-        return self.groups[0][0] != ""
-
-    def read(self, names: Sequence[str], image_size: int, channels: int) -> np.ndarray:
-        """uint8 [n, C, S, S]."""
-        return np.stack([_read(self.folder / name, image_size, channels) for name in names])
-
-
-def find(folder: Path, image_size: int, channels: int) -> Generations:
-    """Images in ``folder`` (untargeted), or in its sub-folders, one per prompt (prompted). Unreadable files are listed.
-
-    Raises:
-        UserError: no usable image.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            "generations", f"{folder} is no folder", "give a folder of images, or of one sub-folder per prompt"
-        )
-    flat = _images(folder)
-    nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if flat and nested:
-        raise UserError(
-            "generations",
-            f"{folder} holds both images and sub-folders",
-            "images (untargeted) or a sub-folder per prompt, not both",
-        )
-    rejected: dict[str, str] = {}
-    groups = []
-    for name, files in [("", flat)] if flat else [(p.name, _images(p)) for p in nested]:
-        usable = []
-        for file in files:
-            relative = str(file.relative_to(folder))
-            try:
-                _read(file, image_size, channels)
-                usable.append(relative)
-            except (Rejected, OSError) as reason:
-                rejected[relative] = str(reason)
-        if usable:
-            groups.append((name, usable))
-    if not groups:
-        raise UserError("generations", f"{folder} holds no usable image", next(iter(rejected.values()), "it is empty"))
-    return Generations(folder, groups, rejected)
-
-
-def _images(folder: Path) -> list[Path]:
-    """Files that may be generations: no hidden (half-written) ones, no tables and texts."""
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix not in (".csv", ".json", ".txt", WITHHELD))
-
-
-def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
-    if file.suffix == ".png":  # our own files, and any that need no conversion, without the general decoder
-        with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:
-            plain = image.size == (image_size, image_size) and not getattr(image, "is_animated", False)
-            plain = plain and not image.has_transparency_data
-            if plain and image.mode == ("L" if channels == 1 else "RGB"):
-                pixels = np.asarray(image)
-                return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    content = read_file(file, MAX_BYTES)
-    return decode(content, image_size=image_size, channels=channels, max_pixels=MAX_PIXELS, name=file.name).pixels
+            yield row | {"withheld": withheld(file).exists()}

@@ -19,6 +19,7 @@ from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
 from eval.extraction import Extraction
+from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
 from eval.report import render
 from eval.target import Target, sampling_context, target_of, timed
@@ -46,7 +47,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     """
     output = target.output
     source = generate(target, config, accelerator) if target.pipeline is not None else None
-    images = samples.find(target.generations, config.data.image_size, config.data.channels)
+    images = find(target.generations, config.data.image_size, config.data.channels)
     found = Findings(images)
     if config.attack.extraction is not None:
         with timed(output, "attack_seconds", accelerator):
@@ -76,7 +77,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
 class Findings:
     """What the evaluation found; a part that was not run is None (``along``: empty)."""
 
-    images: samples.Generations
+    images: Generations
     extraction: Extraction | None = None
     unguarded: dict[str, Any] | None = None  # privacy.extraction of the same model without the defenses of seam 6
     audit: RunAudit | None = None
@@ -108,7 +109,7 @@ def measure_unguarded(
     found: Findings, source: samples.Source, target: Target, config: SimpleNamespace, accelerator: Accelerator
 ) -> None:
     """The same attack and quality figures with the guard off: what the weights give away."""
-    images = samples.find(unguarded_folder(target), config.data.image_size, config.data.channels)
+    images = find(unguarded_folder(target), config.data.image_size, config.data.channels)
     with timed(target.output, "guard_off_seconds", accelerator):
         if config.attack.extraction is not None:
             found.unguarded = attack(images, target.dataset, config, accelerator).report

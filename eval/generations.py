@@ -1,0 +1,115 @@
+"""Generated images as files: written once, read back, found in folders of our own and of others."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from defenses.errors import UserError
+from train.files import atomic
+from train.imagefolder import read_file
+from train.images import Rejected, decode
+from train.sampling import to_pil, to_uint8
+
+WITHHELD = ".withheld"  # suffix of the empty file that stands where a defense let no image out
+MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
+
+
+@dataclass
+class Generations:
+    """Image files to attack: one group per prompt, or a single unnamed group."""
+
+    folder: Path
+    groups: list[tuple[str, list[str]]]  # (sub-folder or "", file names relative to `folder`)
+    rejected: dict[str, str]  # file -> reason
+
+    @property
+    def prompted(self) -> bool:
+        return self.groups[0][0] != ""
+
+    def read(self, names: Sequence[str], image_size: int, channels: int) -> np.ndarray:
+        """uint8 [n, C, S, S]."""
+        return np.stack([_read(self.folder / name, image_size, channels) for name in names])
+
+
+def find(folder: Path, image_size: int, channels: int) -> Generations:
+    """Images in ``folder`` (untargeted), or in its sub-folders, one per prompt (prompted). Unreadable files are listed.
+
+    Raises:
+        UserError: no usable image.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            "generations", f"{folder} is no folder", "give a folder of images, or of one sub-folder per prompt"
+        )
+    flat = _images(folder)
+    nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if flat and nested:
+        raise UserError(
+            "generations",
+            f"{folder} holds both images and sub-folders",
+            "images (untargeted) or a sub-folder per prompt, not both",
+        )
+    rejected: dict[str, str] = {}
+    groups = []
+    for name, files in [("", flat)] if flat else [(p.name, _images(p)) for p in nested]:
+        usable = []
+        for file in files:
+            relative = str(file.relative_to(folder))
+            try:
+                _read(file, image_size, channels)
+                usable.append(relative)
+            except (Rejected, OSError) as reason:
+                rejected[relative] = str(reason)
+        if usable:
+            groups.append((name, usable))
+    if not groups:
+        raise UserError("generations", f"{folder} holds no usable image", next(iter(rejected.values()), "it is empty"))
+    return Generations(folder, groups, rejected)
+
+
+def _images(folder: Path) -> list[Path]:
+    """Files that may be generations: no hidden (half-written) ones, no tables and texts."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix not in (".csv", ".json", ".txt", WITHHELD))
+
+
+def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
+    if file.suffix == ".png":  # our own files, and any that need no conversion, without the general decoder
+        with contextlib.suppress(Exception), Image.open(file, formats=["PNG"]) as image:
+            plain = image.size == (image_size, image_size) and not getattr(image, "is_animated", False)
+            plain = plain and not image.has_transparency_data
+            if plain and image.mode == ("L" if channels == 1 else "RGB"):
+                pixels = np.asarray(image)
+                return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    content = read_file(file, MAX_BYTES)
+    return decode(content, image_size=image_size, channels=channels, max_pixels=MAX_PIXELS, name=file.name).pixels
+
+
+def save(file: Path, image: torch.Tensor) -> None:
+    """One image, float32 [C, H, W] in [0, 1], as a PNG; an empty marker in its place where a defense withheld it (NaN)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if image.isnan().any():
+        withheld(file).touch()
+        return
+    with atomic(file, "wb") as handle:
+        to_pil(to_uint8(image[None])[0]).save(handle, format="PNG")
+
+
+def pixels(file: Path) -> torch.Tensor:
+    """A PNG of ours, float32 [C, H, W] in [0, 1]."""
+    with Image.open(file) as image:
+        pixels = np.array(image)  # a copy: torch wants to be able to write
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).float() / 255
+
+
+def withheld(file: Path) -> Path:
+    return file.with_suffix(WITHHELD)
+
+
+def file_of(folder: Path, prompt: int | None, index: int) -> Path:
+    return folder / f"{index:06d}.png" if prompt is None else folder / f"{prompt:05d}" / f"{index:06d}.png"
