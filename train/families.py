@@ -93,3 +93,8 @@ FAMILIES = {
 def of(config: ModelConfig) -> Family:
     """The family that ``model.family`` names."""
     return FAMILIES[config.family]
+
+
+def build(config: ModelConfig, image_size: int, channels: int, classes: int) -> nn.Module:
+    """See `Family.build`."""
+    return of(config).build(config, image_size, channels, classes)

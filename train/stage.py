@@ -22,6 +22,7 @@ from defenses.seeding import derive
 from train import checkpoint, families
 from train.data import Dataset
 from train.diffusion import noise_schedule
+from train.families import build
 from train.files import write_json
 from train.loop import Trainer
 from train.models import memory_format, parameter_count
@@ -41,7 +42,6 @@ FOR_THE_HOLDER = ("train_seconds", "peak_memory_bytes", "defense_states")  # not
 def build_model(config: SimpleNamespace, names: list[str]) -> nn.Module:
     """The network with initial weights that depend on run.seed alone."""
     torch.manual_seed(derive(config.run.seed, "weights"))
-    build = families.of(config.model).build
     return build(config.model, config.data.image_size, config.data.channels, len(names))
 
 
