@@ -33,6 +33,11 @@ CLASSES = {
 }
 
 
+def private(config: DefensesConfig) -> list[str]:
+    """Names of the defenses that are on and keep what is measured on records to the holder of the records."""
+    return [name for name, kind in CLASSES.items() if kind.private and getattr(config, name) is not None]
+
+
 def build(config: DefensesConfig) -> list[Defense]:
     """The defenses that are switched on, in order of application."""
     settings = {name: getattr(config, name) for name in CLASSES}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,10 @@ def along_training(target: Target, config: SimpleNamespace, accelerator: Acceler
 def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Accelerator) -> dict[str, Any]:
     folder = target.output.path / "along" / f"step-{step}"
     done = folder / "figures.json"
-    if on_main(accelerator, done.exists):
-        return json.loads(done.read_text())
     model, generations = folder / "model", folder / "generations"
+    if on_main(accelerator, done.exists):
+        on_main(accelerator, lambda: remove(model, generations))
+        return json.loads(done.read_text())
     with timed(target.output, "along_seconds", accelerator):
         facts = on_main(accelerator, lambda: checkpoint_pipeline(config, target.run, step, model))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
@@ -53,7 +55,12 @@ def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Ac
     result = {"step": step, "images_seen": facts["images_seen"], "extraction": extraction, "utility": utility}
     if accelerator.is_main_process:
         write_json(done, result)
-        shutil.rmtree(model)
-        shutil.rmtree(generations)
+        remove(model, generations)
     accelerator.wait_for_everyone()
     return result
+
+
+def remove(*folders: Path) -> None:
+    """Removes what the figures were made from, also where a kill came in between."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -70,7 +70,7 @@ def model_card(report: dict[str, Any]) -> str:
         "## Training data\n\n" + _data(report["data"], report["model"] or {}),
         "## Defenses and what they claim\n\n" + _defenses(report),
         "## Leakage and quality\n\n" + _leakage(report, extraction),
-        "## How to load\n\n" + _loading(report, extraction),
+        "## How to load\n\n" + _loading(report),
         "## Intended use\n\n" + INTENDED_USE,
         "## Limits\n\n" + limits,
         CLOSING,
@@ -179,15 +179,20 @@ def _leakage(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _loading(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
+def _loading(report: dict[str, Any]) -> str:
     if report["model"] is None:
         return "There is no model here: only images that it generated were evaluated."
-    code = CLASS_CONDITIONAL if report["model"].get("classes") else UNCONDITIONAL
-    if extraction and extraction["protocol"] == "prompted":
-        code = TEXT_TO_IMAGE
+    return f"```python\n{loading_code(report)}\n```"
+
+
+def loading_code(report: dict[str, Any]) -> str:
+    """Python lines that load the model from the folder ``model`` and draw ``images``."""
+    extraction = (report["privacy"] or {}).get("extraction")
     if _is_gan(report):
-        code = GAN
-    return f"```python\n{code}\n```"
+        return GAN
+    if extraction and extraction["protocol"] == "prompted":
+        return TEXT_TO_IMAGE
+    return CLASS_CONDITIONAL if report["model"].get("classes") else UNCONDITIONAL
 
 
 def _text(value: Any) -> str:

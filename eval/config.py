@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from defenses import registry
 from defenses.errors import UserError
-from defenses.registry import CLASSES
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
 from eval.quality import UtilityConfig
@@ -80,9 +80,7 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.utility.features != "random-conv":
         verified_bytes(config.utility.weights, config.utility.weights_sha256)
-    private = [
-        name for name, kind in CLASSES.items() if kind.private and foreign is None and getattr(config.defenses, name)
-    ]
+    private = registry.private(config.defenses) if foreign is None else []
     if private and config.report.push_to_hub is not None:
         raise UserError(
             "report.push_to_hub",

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from defenses.base import CheckpointView, Defense, Verdict
 from defenses.errors import UserError
 from defenses.ranks import on_main
+from defenses.registry import CLASSES
 from eval.target import Target, target_of
 from train.checkpoint import all_steps
 from train.data import Dataset
@@ -29,7 +30,6 @@ from train.records import pool_of
 from train.runlog import RunDirectory
 from train.stage import (
     RECORD,
-    SIDECAR,
     begin,
     checkpoint_model,
     checkpoint_pipeline,
@@ -37,6 +37,7 @@ from train.stage import (
     facts_at,
     is_quiet,
     sampling_frequency,
+    write_sidecar,
 )
 
 
@@ -45,6 +46,13 @@ def added(directory: RunDirectory, config: SimpleNamespace, defenses: list[Defen
     known = json.loads((directory.path / RECORD).read_text())["defenses"]
     settings = {entry["name"]: entry["settings"] for entry in known}
     later = [each for each in defenses if each.after_training]
+    gone = settings.keys() & {name for name, kind in CLASSES.items() if kind.after_training} - {d.name for d in later}
+    if gone:
+        raise UserError(
+            f"defenses.{min(gone)}",
+            "was on when the run was trained, and its claim would stay in the report",
+            "leave it on: the report has the figures with a filter switched off beside the others",
+        )
     return [each for each in later if settings.get(each.name) != describe(each, config)["settings"]]
 
 
@@ -108,7 +116,8 @@ def ask(
             f"{directory.path} kept only the checkpoints of steps {', '.join(map(str, steps))}",
             "train again with train.keep_checkpoints=null, or with the defense switched on",
         )
-    for step in steps:
+    # a kill leaves a checkpoint where it came: training would not have asked there
+    for step in (step for step in steps if step in expected or step == steps[-1]):
         view = view_of(step, everyone, directory, config, dataset, accelerator)
         for defense in listeners:
             mine = defense.after_checkpoint(view)  # every rank looks, the main process decides
@@ -166,5 +175,5 @@ def write_model(
     written |= {"defenses": entries + [describe(each, config) for each in new]}
     written |= {"defense_states": facts["defense_states"] | {each.name: each.state_dict() for each in new}}
     write_json(output.path / RECORD, written)
-    write_json(output.model / SIDECAR, written)
+    write_sidecar(output.model, config, written)
     return written

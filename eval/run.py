@@ -10,6 +10,7 @@ import sys
 
 if not __package__:  # `accelerate launch eval/run.py` puts eval/ first on the path, not the repository
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    __import__("train.cli").cli.die_with_parent()  # before the imports, which take seconds
     __import__("train.cli").cli.check_libraries()  # before diffusers is imported, which fails unclearly
 
 from pathlib import Path
@@ -92,7 +93,10 @@ def changeable(key: str, later: list[str]) -> bool:
     section, _, rest = key.partition(".")
     if section == "defenses":
         return rest.partition(".")[0] in later
-    return section not in ("data", "model", "train") or key == "data.restricted"
+    # what a private run may look at was decided before training, and is part of its claim
+    return key == "data.restricted" or (
+        section not in ("data", "model", "train") and key != "report.nonprivate_metrics"
+    )
 
 
 def evaluate_run(tree: DictConfig, config: SimpleNamespace, accelerator) -> int:

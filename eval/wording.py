@@ -168,7 +168,8 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     bare = (report["privacy"] or {}).get("extraction_guard_off")
     if bare is not None:
         sentences.append(guard_sentence(bare, distinct_pictures(report)))
-        if bare["verified"] and level != "leak":
+        bare_p = (bare.get("control") or {}).get("p_value")
+        if bare["verified"] and bare_p is not None and bare_p <= EVIDENCE_P and level != "leak":
             level, title = "leak", "The weights give training pictures away; the filter holds them back"
     return {"level": level, "title": title, "sentences": sentences}
 

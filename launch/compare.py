@@ -93,13 +93,13 @@ def record(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str, seconds
 def report(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None:
     """comparison.json and comparison.html from the reports of the arms."""
     progress = json.loads((whole.folder / "progress.json").read_text())
-    resolved = OmegaConf.to_container(whole.tree, resolve=True)
+    given = OmegaConf.to_container(whole.tree)  # unresolved: an ${oc.env:TOKEN} stays a name
     facts = {
         "started": progress["started"],
         "finished": timestamp(),
         "command": "python launch/compare.py " + shlex.join(sys.argv[1:]),
-        "config_sha256": hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest(),
-        "config": resolved,
+        "config_sha256": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        "config": given,
         "hardware": hardware(),
         "versions": versions(),
         "seconds": progress["total"],

@@ -2,46 +2,64 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 from defenses.errors import UserError
-from launch.plan import Plan
+from eval.card import loading_code
+from launch.plan import Job, Plan
 from train.files import atomic, write_json
 
+HOLDER = "for-the-holder"  # sub-folder with what shows training pictures or figures that only their holder may see
+CARD = "MODEL_CARD.md"
+KEEP = f"`{HOLDER}/` is for the holder of the training pictures: it shows some of them. Do not pass it on."
+PRIVATE = (
+    "The model is differentially private; what was measured on the records is not. The model card with its figures therefore lies in "
+    f"`{HOLDER}/`: publishing it gives away more than the claim covers."
+)
 OUTPUTS_ONLY = (
     "This arm protects the outputs, not the weights: whoever gets `model/` can switch the filter off, and `model/output_filter/` "
     "holds small training pictures. Serve the model; do not hand this folder out."
 )
+GUARDED = """from diffusers import DiffusionPipeline
+from defenses.outputfilter import load_filter  # of Deffuse, from its folder
+
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+guard = load_filter("model/output_filter")
+images = guard(pipeline, batch_size=4, num_inference_steps=50).images  # None in place of an image that is withheld"""
+# where the stock pipeline cannot draw the images, the filter is asked about those that were drawn otherwise
+ASKED = """
+
+import numpy
+from defenses.outputfilter import load_filter  # of Deffuse, from its folder
+
+guard = load_filter("model/output_filter")
+pixels = {pixels}  # uint8 [4, C, H, W]
+withhold = guard.flagged(pixels)  # bool [4]: these must not leave"""
+TENSOR = "(images * 255).round().to(torch.uint8).numpy()"
+PILLOW = "numpy.stack([numpy.atleast_3d(image).transpose(2, 0, 1) for image in images])"
 
 
 def export(whole: Plan) -> int:
-    """Copies model, filter, card, claims and report of the arm's first seed to ``COMPARISON/selected/ARM/``.
+    """Copies model, filter, card and claims of the arm's first seed to ``COMPARISON/selected/ARM/``, its report for the holder.
 
     The first seed, so that no seed is chosen by its result.
 
     Raises:
-        UserError: no such arm, or it is not finished.
+        UserError: the arm is not finished, or not in the comparison's report yet.
     """
-    name = whole.config.select
-    if name not in whole.overrides:
-        raise UserError("select", f"{name} is not an arm", f"one of {', '.join(whole.overrides)}")
-    job, source = whole.of(name)[0], whole.folder / "comparison.json"
-    if not job.done or not source.exists():
+    name, source = whole.config.select, whole.folder / "comparison.json"
+    job = whole.of(name)[0]
+    arms = json.loads(source.read_text())["arms"] if source.exists() else []
+    entry = next((arm for arm in arms if arm["name"] == name), None)
+    if not job.done or entry is None:
         raise UserError(
             "select", f"{job.label} is not finished", "run the comparison first: the same command without select"
         )
-    entry = next(arm for arm in json.loads(source.read_text())["arms"] if arm["name"] == name)
-    report = json.loads((job.directory / "report.json").read_text())
     folder, made = whole.folder / "selected" / name, whole.folder / "selected" / f".{name}.tmp"
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    model = job.directory / "model"
-    shutil.copytree(model if model.is_dir() else job.parent.directory / "model", made / "model")
-    for file in ("MODEL_CARD.md", "report.json", "report.html"):
-        shutil.copy2(job.directory / file, made / file)
-    claims = [{"defense": each["name"], **each["claim"]} for each in report["defenses"]]
-    write_json(made / "claim.json", {"arm": name, "seed": job.seed, "protects": entry["protects"], "claims": claims})
-    with atomic(made / "README.md") as file:
-        file.write(_readme(name, job.seed, entry, (made / "model" / "output_filter").is_dir()))
+    (made / HOLDER).mkdir(parents=True, mode=0o700)
+    _fill(made, job, entry)
     shutil.rmtree(folder, ignore_errors=True)
     made.rename(folder)
     print(f"selected: {folder}")
@@ -50,22 +68,32 @@ def export(whole: Plan) -> int:
     return 0
 
 
-def _readme(name: str, seed: int, entry: dict, filtered: bool) -> str:
-    lines = [
-        f"# {name}, seed {seed}",
-        "",
-        "What it leaks and what is claimed: `MODEL_CARD.md`, `report.html`, `claim.json`.",
-        "",
-    ]
+def _fill(made: Path, job: Job, entry: dict[str, Any]) -> None:
+    report = json.loads((job.directory / "report.json").read_text())
+    private = entry["kind"] == "dp"
+    shutil.copytree(job.directory / "model", made / "model")
+    shutil.copy2(job.directory / CARD, made / HOLDER / CARD if private else made / CARD)
+    for file in ("report.json", "report.html"):
+        shutil.copy2(job.directory / file, made / HOLDER / file)
+    claims = [{"defense": each["name"], **each["claim"]} for each in report["defenses"]]
+    write_json(made / "claim.json", {"arm": job.arm, "seed": job.seed, "protects": entry["protects"], "claims": claims})
+    with atomic(made / "README.md") as file:
+        file.write(_readme(job, entry, report, private))
+
+
+def _readme(job: Job, entry: dict[str, Any], report: dict[str, Any], private: bool) -> str:
+    notes = [OUTPUTS_ONLY] if entry["protects"] == "outputs" else []
+    notes += [PRIVATE] if private else []
+    code = loading_code(report)
     if entry["protects"] == "outputs":
-        lines += [OUTPUTS_ONLY, ""]
-    code = [
-        "from diffusers import DiffusionPipeline",
-        'pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)',
+        gan = report["model"]["family"] == "gan"
+        plain = not report["model"].get("classes") and not gan
+        code = GUARDED if plain else code + ASKED.format(pixels=PILLOW if gan else TENSOR)
+    parts = [
+        f"# {job.arm}, seed {job.seed}",
+        f"What is claimed: `claim.json`; what was measured: `{HOLDER + '/' if private else ''}{CARD}`.",
+        *notes,
+        KEEP,
+        f"```python\n{code}\n```",
     ]
-    if filtered:
-        code = ["from defenses.outputfilter import load_filter", *code, 'guard = load_filter("model/output_filter")']
-    code.append(
-        f"images = {'guard(pipeline, ' if filtered else 'pipeline('}batch_size=4, num_inference_steps=50).images"
-    )
-    return "\n".join([*lines, "```python", *code, "```", ""])
+    return "\n\n".join(parts) + "\n"

@@ -1,5 +1,6 @@
 """Runs the jobs of a comparison: side by side where asked, none lost when one fails, none left behind when this ends."""
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -36,11 +37,12 @@ class _Running:
     job: Job
     process: subprocess.Popen
     slot: int
+    written: int  # bytes of the log before this start
     started: float = field(default_factory=time.monotonic)
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came; what was running has saved its state. ``outcomes``: of what had ended by itself."""
+    """SIGTERM or SIGINT came; what was running has saved its state. ``outcomes``: of what had ended, or run, until then."""
 
     def __init__(self, outcomes: dict[str, Outcome]):
         self.outcomes = outcomes
@@ -58,18 +60,20 @@ def run_all(jobs: list[Job], config: LauncherConfig, logs: Path, say: Callable[[
     outcomes = {job.label: Outcome("done") for job in jobs if job.done}
     waiting = [job for job in jobs if job.label not in outcomes]
     running: list[_Running] = []
+    told: set[str] = set()  # jobs that were said to wait
     logs.mkdir(parents=True, exist_ok=True)
     with _signals() as received:
         try:
             while waiting or running:
-                _start_ready(waiting, running, outcomes, config, logs, say)
+                _start_ready(waiting, running, outcomes, config, logs, say, told)
                 for each in [each for each in running if each.process.poll() is not None]:
                     running.remove(each)
                     outcome = outcomes[each.job.label] = _outcome(each, logs)
                     text = "done" if outcome.status == "done" else f"FAILED: {outcome.error}"
                     say(f"{each.job.label}: {text}, {duration(outcome.seconds)} ({len(outcomes)} of {len(jobs)})")
                 if received:
-                    raise Stopped(outcomes)
+                    spent = {each.job.label: Outcome("missing", time.monotonic() - each.started) for each in running}
+                    raise Stopped({**outcomes, **spent})
                 time.sleep(POLL_SECONDS)
         finally:
             _end([each.process for each in running])
@@ -83,6 +87,7 @@ def _start_ready(
     config: LauncherConfig,
     logs: Path,
     say: Callable[[str], None],
+    told: set[str],
 ) -> None:
     """Starts jobs while there are free places; drops those whose training failed."""
     for job in list(waiting):
@@ -96,21 +101,29 @@ def _start_ready(
         free = sorted(set(range(config.parallel)) - {each.slot for each in running})
         if not free:
             return
-        if not _unlocked(job):
-            continue  # a process of an earlier, killed comparison still saves its last step
+        if not _unlocked(job):  # a process of an earlier, killed comparison still saves its last step
+            if job.label not in told:
+                told.add(job.label)
+                say(f"{job.label}: waits for another process that works in {job.directory}")
+            continue
         waiting.remove(job)
         say(f"{job.label}: started")
-        running.append(_Running(job, _start(job, config, free[0], logs), free[0]))
+        log = log_of(job, logs)
+        written = log.stat().st_size if log.exists() else 0
+        running.append(_Running(job, _start(job, config, free[0], log), free[0], written))
 
 
-def _start(job: Job, config: LauncherConfig, slot: int, logs: Path) -> subprocess.Popen:
+def log_of(job: Job, logs: Path) -> Path:
+    return logs / f"{job.arm}-s{job.seed}.log"
+
+
+def _start(job: Job, config: LauncherConfig, slot: int, file: Path) -> subprocess.Popen:
     words, environment = launcher(config, slot)
-    own = {**os.environ, **environment, cli.DIES_WITH_PARENT: "1"}
+    own = {**os.environ, **environment, cli.DIES_WITH_PARENT: str(os.getpid())}
     own.setdefault("OMP_NUM_THREADS", "1")  # the trainer sets its threads itself
-    with (logs / f"{job.arm}-s{job.seed}.log").open("ab") as log:
+    with file.open("ab") as log:
         return subprocess.Popen(
             [*words, *job.command],
-            cwd=cli.ROOT,
             env=own,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -146,12 +159,15 @@ def _outcome(each: _Running, logs: Path) -> Outcome:
     seconds = time.monotonic() - each.started
     if each.process.returncode == 0 and each.job.done:
         return Outcome("done", seconds)
-    return Outcome("failed", seconds, last_words(logs / f"{each.job.arm}-s{each.job.seed}.log"))
+    return Outcome("failed", seconds, last_words(log_of(each.job, logs), each.written))
 
 
-def last_words(log: Path) -> str:
-    """The last line beginning with ``error:``, else the last line of a log."""
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+def last_words(log: Path, start: int) -> str:
+    """The last line beginning with ``error:``, else the last line, of what a log got after its first ``start`` bytes."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return ([*lines[-1:], *errors[-1:]] or ["it printed nothing"])[-1][:500]
 
@@ -183,9 +199,18 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 
 def _signalled(group: int, kind: int) -> bool:
-    """Whether the process group still exists."""
+    """Whether the process group still has a living member."""
     try:
         os.killpg(group, kind)
-        return True
     except ProcessLookupError:
         return False
+    members = [state for state, own in _processes() if own == group]
+    return not members or any(state not in "ZX" for state in members)  # without /proc: as the signal says
+
+
+def _processes() -> Iterator[tuple[str, int]]:
+    """State and group of every process, from /proc; none where there is no such thing. An unreaped orphan is a zombie."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text().rpartition(")")[2].split()[:3]
+            yield state, int(group)

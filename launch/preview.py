@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from defenses import registry
 from eval.wording import duration
 from launch.plan import Job, Plan, shown
-from train import cli
+from train import cli, families
 from train.data import prepare
-from train.dryrun import disk_bytes, gib, masked
+from train.diffusion import noise_schedule
+from train.dryrun import disk_bytes, gib
 from train.loop import Trainer
 from train.records import class_names, select_records
 from train.runlog import RunDirectory
-from train.sampling import sample
 from train.stage import build_trainer
 
 TIMED_STEPS = 2  # optimizer steps that are timed, after one that warms up
@@ -38,7 +38,7 @@ class Cost:
 
 def show(whole: Plan) -> int:
     """Prints arms, trainings that are shared, what is done already, commands, expected time and disk; returns 0."""
-    print(OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(whole.tree, resolve=True)))))
+    print(OmegaConf.to_yaml(whole.tree))  # unresolved: an ${oc.env:TOKEN} stays a name
     first = whole.jobs[0].config
     accelerator = cli.start(first)
     costs = {
@@ -110,15 +110,20 @@ def step_seconds(trainer: Trainer) -> float:
 
 
 def forward_seconds(trainer: Trainer, config: SimpleNamespace) -> float:
+    """Seconds per image and step of the sampler."""
     count, steps = SAMPLED
+    family, schedule = families.of(config.model), noise_schedule(config.train.diffusion)
+    model = family.released(trainer.state.model)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    classes = trainer.state.model.config.num_class_embeds
-    labels = torch.zeros(count, dtype=torch.int64) if classes else None
+    labels = torch.zeros(count, dtype=torch.int64) if config.data.label_key else None
     options = replace(config.generate, steps=steps)
-    sample(trainer.state.model, trainer.schedule.config, options, range(count), shape, seed=0, labels=labels)
+
+    def draw() -> None:
+        family.sample(
+            model, schedule, options, range(count), shape, seed=0, labels=labels, precision=config.generate.precision
+        )
+
+    draw()
     started = time.perf_counter()
-    sample(
-        trainer.state.model, trainer.schedule.config, options, range(count), shape, seed=0, labels=labels,
-        precision=config.generate.precision,
-    )  # fmt: skip
+    draw()
     return (time.perf_counter() - started) / (count * steps)

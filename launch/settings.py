@@ -1,11 +1,13 @@
 """The settings of a comparison, and how its processes are started."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.errors import UserError
@@ -47,6 +49,11 @@ class LauncherConfig:
                 f"{len(self.gpus)} GPUs cannot be shared out among {self.parallel} arms",
                 "change either",
             )
+        share = len(self.gpus) // self.parallel
+        if self.gpus and self.processes is not None and self.processes != share:
+            raise UserError(
+                "launcher.processes", f"{self.processes} for {share} GPUs per arm", "null: a process for each GPU"
+            )
         if self.config_file is not None and not (cli.ROOT / self.config_file).is_file():
             raise UserError("launcher.config_file", f"{self.config_file} does not exist", "see launch/accelerate/")
 
@@ -69,14 +76,13 @@ class CompareConfig:
 
     def __post_init__(self):
         for name in (self.name, *self.arms):
-            plain = (
-                name and Path(name).name == name and name[0] not in ".-" and not set(name) & set(" \t\n/\\'\"$*?[]{}=,")
-            )
+            # letters first, and nothing that YAML takes for something else (off, no): it is passed as run.name=NAME
+            plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", name) and isinstance(yaml.safe_load(name), str)
             if not plain and name != "???":
                 raise UserError(
                     "arms" if name in self.arms else "name",
                     f"{name!r} is not a plain folder name",
-                    "use letters, digits, - and _",
+                    "a letter, then letters, digits, - and _",
                 )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("seeds", f"{self.seeds} are not distinct seeds", "e.g. [0, 1, 2]")
@@ -104,9 +110,9 @@ def read(file: Path, given: Sequence[str]) -> tuple[DictConfig, CompareConfig, l
 
 def launcher(config: LauncherConfig, slot: int = 0) -> tuple[list[str], dict[str, str]]:
     """What comes before an arm's command, and what is set in its environment."""
-    environment = {}
+    environment, processes = {}, config.processes
     if config.gpus:
-        share = len(config.gpus) // config.parallel
+        share = processes = len(config.gpus) // config.parallel
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpus[slot * share : (slot + 1) * share]))
     if (
         _on_cpu(config) and (config.processes or 1) > 1
@@ -121,8 +127,9 @@ def launcher(config: LauncherConfig, slot: int = 0) -> tuple[list[str], dict[str
             str(config.processes),
         ], environment
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    words += ["--config_file", config.config_file] if config.config_file else []
-    words += ["--num_processes", str(config.processes)] if config.processes else []
+    words += ["--config_file", str(cli.ROOT / config.config_file)] if config.config_file else []
+    words += ["--gpu_ids", "all"] if config.gpus else []  # a launch file's gpu_ids would win over the environment
+    words += ["--num_processes", str(processes)] if processes else []
     words += ["--main_process_port", "0"] if config.parallel > 1 and not _on_cpu(config) else []  # a free one
     return words, environment
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "data.image_size=16",
+    "data.label_key=label",  # class-conditional, as in the shipped comparison: the stock pipeline cannot draw it
     "data.phantom={pictures: 24, copied: 2, copies: 3, outliers: 2, heldout: 12, calibration: 20}",
     "train.steps=6",
     "train.batch_size=6",
@@ -53,8 +54,10 @@ def write(folder: Path, arms: dict, seeds: list[int]) -> Path:
 
 
 def start(file: Path, out: Path, *given: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "launch" / "compare.py"), "--config", str(file), f"output_dir={out}", *given]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """From a folder that is not the repository's, with a relative output folder."""
+    command = [sys.executable, str(ROOT / "launch" / "compare.py"), "--config", str(file), "output_dir=.", *given]
+    out.mkdir(exist_ok=True)
+    return subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(file: Path, out: Path, *given: str) -> tuple[int, str]:
@@ -97,13 +100,20 @@ def test_a_failed_arm_is_told_and_the_rest_kept_and_exported(tmp_path):
 
     status, text = run(file, tmp_path, "select=hopeless")
     assert status == 2 and text.startswith("error: select: hopeless, seed 0 is not finished")
+    status, text = run(file, tmp_path, "train.learning_rate=0.5")
+    assert status == 2 and "error: arms.none: train.learning_rate: " in text and "now 0.5" in text
     status, text = run(file, tmp_path, "select=filter")
     selected = tmp_path / "c" / "selected" / "filter"
     assert status == 0 and text.startswith(f"selected: {selected}")
     assert json.loads((selected / "claim.json").read_text())["protects"] == "outputs"
     assert "protects the outputs, not the weights" in (selected / "README.md").read_text()
-    reproduce = (selected / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("=50", "=2")
-    program = f"import os\n{reproduce}\nassert len(images) == 4\nprint('four images')"
+    assert sorted(path.name for path in selected.iterdir()) == [
+        "MODEL_CARD.md", "README.md", "claim.json", "for-the-holder", "model",
+    ]  # fmt: skip
+    lines = (selected / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    program = (
+        lines.replace("(50)", "(2)") + "\nassert withhold.shape == (4,) and len(images) == 4\nprint('four images')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=selected,
@@ -119,7 +129,6 @@ def test_a_failed_arm_is_told_and_the_rest_kept_and_exported(tmp_path):
 def test_ten_kills_change_nothing(tmp_path):
     """SIGKILL at random moments: the same final table as a comparison that was left alone (DP under its test seed)."""
     file = write(tmp_path, ARMS, [0])
-    (tmp_path / "calm").mkdir()
     started = time.monotonic()
     status, text = run(file, tmp_path / "calm")
     assert status == 0, text

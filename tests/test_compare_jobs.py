@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from launch import jobs
 from launch.plan import Job
@@ -29,7 +30,7 @@ def job(folder: Path, arm: str, program: str, parent: Job | None = None) -> Job:
     directory.mkdir(parents=True, exist_ok=True)
     head = f"import os, sys, time\nfrom pathlib import Path\nDONE = Path({str(directory / 'report.json')!r})\n"
     return Job(
-        arm=arm, seed=0, config=SimpleNamespace(), directory=directory, manifest=directory / "manifest.csv",
+        arm=arm, seed=0, config=SimpleNamespace(), tree=OmegaConf.create(), directory=directory, manifest=directory / "manifest.csv",
         command=[head + program], parent=parent,
     )  # fmt: skip
 
@@ -54,6 +55,14 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     assert outcomes["bad, seed 0"].error == "error: data.source: is gone (mend it)"
     assert outcomes["child, seed 0"].error == "the training of bad, seed 0 failed"
     assert any("bad, seed 0: FAILED: error: data.source" in line for line in said)
+
+
+def test_an_old_error_is_not_told_again(tmp_path):
+    """Logs are appended over restarts."""
+    only = job(tmp_path, "a", "print('error: data.source: is gone'); sys.exit(2)")
+    run(tmp_path, [only])
+    only.command[0] = only.command[0].replace("error: data.source: is gone", "Killed")
+    assert run(tmp_path, [only])[0]["a, seed 0"].error == "Killed"
 
 
 def test_finished_jobs_are_not_started_again(tmp_path):
@@ -107,7 +116,7 @@ from launch.plan import Job
 from launch.settings import LauncherConfig
 jobs.launcher = lambda config, slot=0: ([sys.executable, "-c"], {})
 folder = Path(sys.argv[1]) / "a"
-only = Job(arm="a", seed=0, config=SimpleNamespace(), directory=folder, manifest=folder, command=[sys.argv[2]])
+only = Job(arm="a", seed=0, config=SimpleNamespace(), tree=None, directory=folder, manifest=folder, command=[sys.argv[2]])
 try:
     jobs.run_all([only], LauncherConfig(), folder.parent / "logs", print)
 except jobs.Stopped:

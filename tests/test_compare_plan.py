@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from defenses.errors import UserError
+from launch import preview
 from launch.plan import plan, shown
 from launch.settings import LauncherConfig, launcher
 
@@ -49,10 +50,84 @@ def test_arms_times_seeds_and_what_shares_a_training(tmp_path):
     both = whole.of("both")[1]
     assert both.directory == tmp_path / "out" / "c" / "dedup-s7" / "eval" / "both"
     assert both.command == [
-        "eval/run.py", f"run_dir={tmp_path / 'out' / 'c' / 'dedup-s7'}", "run.name=both",
+        str(ROOT / "eval" / "run.py"), f"run_dir={tmp_path / 'out' / 'c' / 'dedup-s7'}", "run.name=both",
         "defenses.output_filter={attempts: 2}",
     ]  # fmt: skip
     assert whole.of("dedup")[1].config.run.seed == 7 and whole.of("dedup")[1].config.train.keep_checkpoints is None
+
+
+@pytest.mark.parametrize("written", ["defenses={output_filter: {attempts: 2}}", "defenses.output_filter.attempts=2"])
+def test_a_shared_arm_keeps_its_defense_however_it_was_written(tmp_path, written):
+    whole = plan(write(tmp_path, arms={"none": [], "filter": [written, "report.pairs=3"]}), [])
+    assert whole.of("filter")[0].command[-2:] == ["defenses.output_filter={attempts: 2}", "report.pairs=3"]
+
+
+def test_a_defense_of_the_base_is_switched_off_by_the_arm_without_it(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text((ROOT / "configs" / "smoke.yaml").read_text() + "defenses: {output_filter: {}}\n")
+    whole = plan(write(tmp_path, base=str(base), arms={"filter": [], "none": ["defenses.output_filter=null"]}), [])
+    assert whole.of("filter")[0].parent is whole.of("none")[0]
+    assert whole.of("filter")[0].command[-1] == "defenses.output_filter={}"
+
+
+def test_secrets_of_the_environment_stay_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_PLACE", "phantom")
+    whole = plan(write(tmp_path, overrides=["data.source=${oc.env:SECRET_PLACE}"]), [])
+    assert whole.jobs[0].config.data.source == "phantom"
+    assert "data.source=${oc.env:SECRET_PLACE}" in whole.jobs[0].command
+
+
+def finished(folder: Path, whole) -> None:
+    """Stored as a run of ours would: its configuration, then its report."""
+    for job in whole.jobs:
+        job.directory.mkdir(parents=True)
+        (job.directory / "config.yaml").write_text(OmegaConf.to_yaml(job.tree))
+        (job.directory / "report.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["train.learning_rate=0.5"], "arms.none: train.learning_rate: .* was made with 0.001, now 0.5"),
+        (["generate.count=99"], "arms.none: generate.count: .* was made with 32, now 99"),
+        (["defenses.augment={}"], "arms.none: defenses.augment"),
+    ],
+)
+def test_finished_arms_are_not_kept_under_other_settings(tmp_path, given, message):
+    out = f"output_dir={tmp_path / 'out'}"
+    finished(tmp_path, plan(write(tmp_path), [out]))
+    plan(write(tmp_path), [out, "data.source=phantom", "run.cpu_threads=1"])  # these change no number
+    plan(write(tmp_path, seeds=[0, 7, 8]), [out])  # seeds may be added
+    with pytest.raises(UserError, match=message):
+        plan(write(tmp_path), [out, *given])
+
+
+def test_a_shared_arm_is_not_kept_under_other_settings(tmp_path):
+    out = f"output_dir={tmp_path / 'out'}"
+    finished(tmp_path, plan(write(tmp_path), [out]))
+    arms = {"none": [], "dedup": ["defenses.dedup={}"], "filter": ["defenses.output_filter={attempts: 3}"]}
+    with pytest.raises(UserError, match="arms.filter: defenses.output_filter.attempts: .* with 8, now 3"):
+        plan(write(tmp_path, arms=arms), [out])
+
+
+def test_the_preview_tells_what_will_run(tmp_path, capsys):
+    """Every family is timed; what shares a training costs no training."""
+    arms = {"none": [], "gan": ["model.family=gan"], "filter": ["defenses.output_filter={}"]}
+    small = ["train.keep_checkpoints=null", "train.trackers=[]", "run.cpu_threads=1", "data.label_key=label"]
+    whole = plan(write(tmp_path, arms=arms, seeds=[0], overrides=small), [f"output_dir={tmp_path}"])
+    assert preview.show(whole) == 0
+    told = capsys.readouterr().out
+    assert "none, seed 0: trains, to do, about " in told and "gan, seed 0: trains, to do" in told
+    assert "filter, seed 0: uses the training of none, seed 0, to do" in told
+    assert "3 arms x 1 seeds: 3 results from 2 trainings" in told and f"GiB in {tmp_path / 'c'}" in told
+
+
+def test_expected_time_by_hand(tmp_path):
+    """20 steps of 2 s, 32 images of 4 steps of 0.5 s at the end and at one earlier checkpoint; the filter draws once more."""
+    whole = plan(write(tmp_path, overrides=["train.keep_checkpoints=null", "report.along=[10]"]), [])
+    cost = preview.Cost(step_seconds=2.0, forward_seconds=0.5, disk_bytes=0)
+    assert preview.expected_seconds(whole.of("none")[0], cost) == 40 + 2 * 32 * 4 * 0.5
+    assert preview.expected_seconds(whole.of("filter")[0], cost) == 32 * 4 * 0.5
 
 
 def test_keys_of_a_run_go_to_every_arm(tmp_path):
@@ -80,6 +155,13 @@ def test_a_factor_makes_an_arm_of_every_value(tmp_path):
         ({"arms": {"none": [], "other": ["data.split_seed=1"]}}, [], r"arms.other: data.split_seed"),
         ({"arms": {"none": [], "longer": ["train.steps=40"]}}, [], r"arms.longer: train.steps: .* 640 images seen, 320"),
         ({"arms": {"../x": []}}, [], r"arms: '../x' is not a plain folder name"),
+        ({"arms": {"none": [], "off": []}}, [], r"arms: 'off' is not a plain folder name"),  # YAML's false
+        ({"arms": {"none": [], "x": ["run.seed=3"]}}, [], r"arms.x: run.seed: is set by the comparison"),
+        ({"arms": {}, "factor": {"key": "run.seed", "values": [1, 2]}, "reference": None}, [], r"run.seed: is set by"),
+        ({"arms": {}, "factor": {"key": "size", "values": [1, 2]}, "reference": None}, [], r"factor.key: size is no"),
+        ({}, ["report.push_to_hub=me/x"], r"report.push_to_hub: would upload every arm"),
+        ({}, ["select=nobody"], r"select: nobody is not an arm"),
+        ({"launcher": {"gpus": [0, 1], "processes": 1}}, [], r"launcher.processes: 1 for 2 GPUs per arm"),
         ({"launcher": {"config_file": "launch/none.yaml"}}, [], r"launcher.config_file: launch/none.yaml does not exist"),
         ({"launcher": {"gpus": [0, 1, 2], "parallel": 2}}, [], r"launcher.gpus: 3 GPUs cannot be shared"),
         ({"reference": "nobody"}, [], r"reference: nobody is not an arm"),
@@ -116,9 +198,10 @@ def test_one_budget_in_other_batches_and_another_family(tmp_path):
 
 
 def test_gpus_are_shared_out_and_cpus_get_torchrun():
-    config = LauncherConfig(config_file="launch/accelerate/ddp.yaml", processes=2, parallel=2, gpus=[4, 5, 6, 7])
+    config = LauncherConfig(config_file="launch/accelerate/ddp.yaml", parallel=2, gpus=[4, 5, 6, 7])
     words, environment = launcher(config, slot=1)
     assert environment == {"CUDA_VISIBLE_DEVICES": "6,7"} and words[-2:] == ["--main_process_port", "0"]
+    assert words[words.index("--num_processes") + 1] == "2" and words[words.index("--gpu_ids") + 1] == "all"
     words, environment = launcher(LauncherConfig(processes=2))
     assert words[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert environment == {"ACCELERATE_USE_CPU": "true"}

@@ -1,6 +1,7 @@
 """A finished run given a defense afterwards: the same choice, images and figures as if it had been on from the start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from eval import run as evaluation
 from tests.small import OVERRIDES
 from train import cli
 from train import run as training
+from train.stage import FOR_THE_HOLDER
 
 SMALL = [
     *(text for text in OVERRIDES if not text.startswith(("data.phantom", "train.checkpoint"))),
@@ -67,6 +69,15 @@ def test_early_stop_afterwards_equals_early_stop_in_training(plain, tmp_path):
     assert figures(second) == figures(first)
 
 
+def test_a_checkpoint_that_a_kill_left_is_not_asked(plain, tmp_path):
+    """Training would not have looked there: it asks at multiples of checkpoint_every, and at the end."""
+    run = tmp_path / "plain"
+    shutil.copytree(plain, run, ignore=shutil.ignore_patterns("eval", ".lock"))
+    shutil.copytree(run / "checkpoints" / "step-2", run / "checkpoints" / "step-3")
+    curve = report(evaluate(run, "stopped", STOP.replace("0.0", "0.9")))["defenses"][0]["findings"]["curve"]
+    assert [point["step"] for point in curve] == [2, 4, 6, 7]
+
+
 @pytest.mark.slow
 def test_filter_afterwards_equals_filter_in_training(plain, tmp_path):
     during, after = train(tmp_path, "during", FILTER), evaluate(plain, "filtered", FILTER)
@@ -106,6 +117,17 @@ def test_a_private_run_is_not_chosen_from_by_looking_at_its_records(tmp_path):
     run = train(tmp_path, "dp", "defenses.dpsgd={epsilon: 20.0, delta: 1e-2, test_seed: 1}")
     with pytest.raises(UserError, match="defenses.early_stop: stops or chooses by looking at private records"):
         evaluate(run, "chosen", STOP)
+    with pytest.raises(UserError, match="report.nonprivate_metrics: cannot be changed after training"):
+        evaluate(run, "told", STOP, "report.nonprivate_metrics=true")
+    evaluate(run, "filtered", FILTER)
+    sidecars = list(run.rglob("deffuse.json"))
+    assert len(sidecars) == 2 and all(not set(json.loads(file.read_text())) & set(FOR_THE_HOLDER) for file in sidecars)
+
+
+def test_a_defense_that_was_trained_with_stays_in_the_claim(tmp_path):
+    run = train(tmp_path, "filtered", FILTER)
+    with pytest.raises(UserError, match="defenses.output_filter: was on when the run was trained"):
+        evaluate(run, "bare", "defenses.output_filter=null")
 
 
 def test_what_training_depended_on_cannot_be_changed_afterwards(plain):

@@ -77,7 +77,6 @@ def run(main: Callable[[Arguments], int], arguments: Arguments) -> None:
     """Calls ``main`` and exits with its status; a `UserError` becomes one line and status 2."""
     from defenses.errors import UserError
 
-    die_with_parent()
     try:
         status = main(arguments)
     except UserError as error:
@@ -101,9 +100,18 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def die_with_parent() -> None:
-    """Asks Linux for SIGTERM when the process that started this one dies, where the environment says so."""
-    if os.environ.get(DIES_WITH_PARENT) == "1" and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Asks Linux for SIGTERM when the process that started this one dies, where the environment names the comparison's process.
+
+    To be called before the heavy imports: a comparison that is killed while they last could not tell this process any more.
+    """
+    comparison = os.environ.get(DIES_WITH_PARENT)
+    if comparison is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    try:
+        os.kill(int(comparison), 0)
+    except ProcessLookupError:
+        sys.exit(1)  # it died before we could ask
 
 
 def start(config: SimpleNamespace, project: Path | None = None, trackers: list[str] | None = None):

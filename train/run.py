@@ -8,6 +8,7 @@ import sys
 
 if not __package__:  # `accelerate launch train/run.py` puts train/ first on the path, not the repository
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    __import__("train.cli").cli.die_with_parent()  # before the imports, which take seconds
     __import__("train.cli").cli.check_libraries()  # before diffusers is imported, which fails unclearly
 
 from defenses import registry

@@ -184,7 +184,7 @@ def _parse(line: str) -> dict | None:
 
 def _changes(stored: DictConfig, config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every setting that differs and changes a number."""
-    old, new = _leaves(OmegaConf.to_container(stored)), _leaves(OmegaConf.to_container(config))
+    old, new = leaves(OmegaConf.to_container(stored)), leaves(OmegaConf.to_container(config))
     differing = (key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: (old.get(key), new.get(key)) for key in differing if not key.startswith(NO_RESULT)}
 
@@ -200,11 +200,12 @@ def _refuse_changes(changed: dict[str, tuple[Any, Any]], path: Path) -> None:
         )
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a nested configuration by its dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {
         key: value
         for name, child in tree.items()
-        for key, value in _leaves(child, f"{prefix}.{name}".lstrip(".")).items()
+        for key, value in leaves(child, f"{prefix}.{name}".lstrip(".")).items()
     }

@@ -285,11 +285,16 @@ def release(
             )
         family.save(directory.model, model, noise_schedule(config.train.diffusion))
         write_json(directory.path / RECORD, facts)
-        private = any(defense.private for defense in trainer.defenses)
-        told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}
-        write_json(directory.model / SIDECAR, told)  # last: its presence says that training is complete
+        write_sidecar(directory.model, config, facts)  # last: its presence says that training is complete
     accelerator.wait_for_everyone()
     return facts
+
+
+def write_sidecar(model: Path, config: SimpleNamespace, facts: dict[str, Any]) -> None:
+    """The facts beside a saved pipeline, without those that a private model must not carry."""
+    private = registry.private(config.defenses)
+    told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}
+    write_json(model / SIDECAR, told)
 
 
 def facts_at(directory: RunDirectory, step: int) -> dict[str, Any]:
@@ -317,7 +322,7 @@ def checkpoint_pipeline(config: SimpleNamespace, directory: RunDirectory, step: 
     facts = facts_at(directory, step)
     model = checkpoint_model(config, directory, step, facts["classes"])
     families.of(config.model).save(folder, model, noise_schedule(config.train.diffusion))
-    write_json(folder / SIDECAR, facts)
+    write_sidecar(folder, config, facts)
     return facts
 
 
