@@ -221,6 +221,7 @@ def test_the_draw_is_of_distinct_pictures_and_whole_groups():
         ([3, 0, 0], 2, Choice(3, None, True)),
         ([3], 2, Choice(1, None, False)),
         ([0, 1, 0], 1, Choice(3, None, True)),  # equal to the tolerance is within it
+        ([0, 1.2, 0], 1, Choice(1, 2, True)),  # a little more is not
     ],
 )
 def test_choice(shares, patience, expected):

@@ -102,6 +102,13 @@ def test_threshold_is_the_kth_smallest_score(n, rate, k):
     assert conformal_threshold(scores, range(n), rate) == pytest.approx(k / 100)
 
 
+@pytest.mark.parametrize(("rate", "threshold"), [(0.25, 0.1), (0.3, 0.2), (0.35, 0.2), (0.45, 0.3), (0.6, 0.4)])
+def test_threshold_of_four_people_by_hand(rate, threshold):
+    """One with two pictures, which count a half each: p-values 1.5, 2, 3, 4 and 5 fifths."""
+    scores = np.array([0.3, 0.1, 0.5, 0.2, 0.4])
+    assert conformal_threshold(scores, ["b", "a", "d", "a", "c"], rate) == threshold
+
+
 @pytest.mark.parametrize("levels", [None, 12])
 def test_false_alarms_on_exchangeable_scores(levels):
     """39 calibration scores, rate 0.05: 2 in 40 new scores lie below; with ties (12 levels) fewer."""
