@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def render(
     comparison: dict[str, Any],
     *,
     restricted: bool,
-    images: Callable[[str], np.ndarray] | None,
+    images: Callable[[Path, str], np.ndarray] | None,
     pairs: int = 6,
     grid: int = 36,
 ) -> None:
@@ -55,7 +56,8 @@ def render(
         folder: of the comparison; holds the run directories, of which a file that is not there leaves its part out.
         comparison: contents of comparison.json.
         restricted: ``data.restricted``: no picture, no record id, no command and no path is shown.
-        images: training picture of a record, uint8 [C, H, W]; never called where ``restricted``. None: no pairs.
+        images: training picture, uint8 [C, H, W], of a record of the run in a directory: in a comparison that varies the data the
+            same record is another picture in every arm. Never called where ``restricted``. None: no pairs.
         pairs: extracted pictures shown per arm beside their generation, at most.
         grid: generations shown per arm, the same sample indices for all.
     """
@@ -129,7 +131,7 @@ def _findings(arm: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _evidence(
-    folder: Path, arms: list[dict[str, Any]], images: Callable[[str], np.ndarray] | None, most: int
+    folder: Path, arms: list[dict[str, Any]], images: Callable[[Path, str], np.ndarray] | None, most: int
 ) -> list[dict[str, Any]]:
     """Pairs of each arm's first finished seed: {arm, run, verified, closest}; arms without any are left out."""
     shown = []
@@ -145,7 +147,7 @@ def _evidence(
             evidence.read_matches(directory / "attack" / "matches.csv"),
             evidence.read_table(manifest),
             evidence.generation_files(directory / "generations"),
-            images,
+            partial(images, manifest.parent),
             most,
             BUDGET_BYTES // len(arms),
         )

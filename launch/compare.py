@@ -17,6 +17,7 @@ import json
 import shlex
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def report(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None
         facts=facts,
     )
     restricted = any(job.config.data.restricted for job in whole.jobs)
-    comparison_page.render(whole.folder, result, restricted=restricted, images=training_pictures(whole, outcomes))
+    comparison_page.render(whole.folder, result, restricted=restricted, images=training_picture)
     write_json(whole.folder / "comparison.json", result)
 
 
@@ -139,14 +140,16 @@ def arm_of(whole: Plan, name: str, outcomes: dict[str, jobs.Outcome]) -> compari
     )
 
 
-def training_pictures(whole: Plan, outcomes: dict[str, jobs.Outcome]):
-    """record_id -> picture, from the first arm that is done; None where none is."""
-    done = [job for job in whole.jobs if outcomes[job.label].status == "done"]
-    if not done:
-        return None
-    dataset = Dataset.load(done[0].manifest.parent / "prepared")
-    row = {each.record_id: place for place, each in enumerate(dataset.records)}
-    return lambda record_id: np.asarray(dataset.images[row[record_id]])
+def training_picture(run: Path, record_id: str) -> np.ndarray:
+    """A record's picture, uint8 [C, H, W], from the prepared data of the run that trained on it."""
+    dataset, row = prepared(run)
+    return np.asarray(dataset.images[row[record_id]])
+
+
+@cache
+def prepared(run: Path) -> tuple[Dataset, dict[str, int]]:
+    dataset = Dataset.load(run / "prepared")
+    return dataset, {each.record_id: place for place, each in enumerate(dataset.records)}
 
 
 if __name__ == "__main__":

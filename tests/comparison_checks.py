@@ -66,7 +66,10 @@ def make(folder: Path, *, restricted=False, change=None, images=True, figures=Fa
     undrawn = mock.patch.object(comparison_page, "_figures", return_value=nothing)
     with nullcontext() if figures else undrawn:
         comparison_page.render(
-            folder / "phantom", comparison, restricted=restricted, images=pictures.image if images else None
+            folder / "phantom",
+            comparison,
+            restricted=restricted,
+            images=(lambda _, record: pictures.image(record)) if images else None,
         )
     return comparison, pictures, Page(folder / "phantom" / "comparison.html")
 

@@ -1,12 +1,15 @@
 """The plan of a comparison: arms, what shares a training, what is refused before any work."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from defenses.errors import UserError
 from launch import preview
+from launch.compare import training_picture
 from launch.plan import plan, shown
 from launch.settings import LauncherConfig, launcher
 
@@ -215,3 +218,14 @@ def test_every_shipped_comparison_can_be_planned(file):
     if file.stem == "cxr":  # the pictures are the user's
         with pytest.raises(UserError, match="data.source: has no value"):
             plan(file, [])
+
+
+def test_a_record_of_every_run_is_its_own_picture(tmp_path):
+    """With another factor value the same record id is another picture: each arm's evidence comes from its own data."""
+    for name, level in (("one", 10), ("two", 200)):
+        folder = tmp_path / name / "prepared"
+        folder.mkdir(parents=True)
+        np.save(folder / "pixels.npy", np.full((1, 1, 8, 8), level, dtype=np.uint8))
+        (folder / "records.jsonl").write_text(json.dumps({"record_id": "r", "source": "s"}) + "\n")
+        (folder / "prepared.json").write_text(json.dumps({"ignored": 0, "notes": {}}))
+    assert [int(training_picture(tmp_path / name, "r").mean()) for name in ("one", "two")] == [10, 200]

@@ -74,7 +74,7 @@ def test_a_number_that_is_made_up_is_noticed(opened, check):
 def test_the_page_of_an_assembled_comparison(tmp_path):
     arms, keywords = comparisons.write_comparison(tmp_path)
     comparison = assemble(arms, **keywords)
-    render(tmp_path, comparison, restricted=False, images=lambda _: comparisons.picture(1))
+    render(tmp_path, comparison, restricted=False, images=lambda *_: comparisons.picture(1))
     page = Page(tmp_path / "comparison.html")
     assert check_paths(comparison, page.source) > 150
     check_prose(comparison, page.source)
@@ -173,7 +173,14 @@ def test_pairs_and_the_same_samples_for_every_arm(opened):
 def test_a_withheld_image_leaves_its_place_empty(tmp_path):
     comparison, pictures, _ = make(tmp_path, images=False)
     (tmp_path / "phantom" / "none-s0" / "eval" / "output_filter" / "generations" / "000007.png").unlink()
-    render(tmp_path / "phantom", comparison, restricted=False, images=pictures.image, pairs=0, grid=9)
+    render(
+        tmp_path / "phantom",
+        comparison,
+        restricted=False,
+        images=lambda _, record: pictures.image(record),
+        pairs=0,
+        grid=9,
+    )
     source = (tmp_path / "phantom" / "comparison.html").read_text()
     assert source.count("no image") == 1 and source.count('alt="generation of ') == 8 * 9 - 1
     assert not pictures.asked
