@@ -30,7 +30,10 @@ GUARD_OFF_PATHS = {
     "control": "control.verified",
     "p_value": "control.p_value",
     "by_correlation": "by_correlation.verified",
+    "by_correlation_candidates": "by_correlation.candidates",
+    "by_correlation_train": "by_correlation.control.verified_train_m",
     "by_correlation_control": "by_correlation.control.verified",
+    "by_correlation_n": "by_correlation.control.n",
 }
 
 
@@ -48,6 +51,11 @@ def guard_off(report: dict[str, Any]) -> dict[str, Any]:
 def done_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Outcomes that have a report."""
     return [outcome for outcome in outcomes if outcome.report is not None]
+
+
+def is_guarded(outcomes: list[Outcome]) -> bool:
+    """Whether the arm protects its outputs only: a defense wraps the sampling."""
+    return any(outcome.guarded for outcome in outcomes)
 
 
 def values_of(outcomes: list[Outcome], path: str) -> list[float | None]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from defenses.errors import UserError
 from eval.alike import check_alike
-from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off
+from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off, is_guarded
 from eval.arms import Arm, ArmRun, Outcome, UtilityFloor, lookup, read_outcomes
 from eval.comparisonwords import not_measured
-from eval.contrasts import adjust, comparability, front, level_of, matched, trend, versus
+from eval.contrasts import adjust, comparability, front, trend, versus
+from eval.matching import curves, matched
 from eval.pairedtests import t_interval
 
 __all__ = ["Arm", "ArmRun", "UtilityFloor", "assemble"]
@@ -50,11 +51,14 @@ def assemble(
     loaded = read_outcomes(arms)
     check_alike(loaded, factor)
     base = next(outcomes for arm, outcomes in loaded if arm.name == reference)
-    level = level_of(loaded, utility)
+    seeds = [run.seed for run in loaded[0][0].runs]
+    checkpoints = curves(loaded, utility.metric)
     described = [_describe(arm, outcomes, utility) for arm, outcomes in loaded]
     for entry, (arm, outcomes) in zip(described, loaded, strict=True):
-        entry["versus_reference"] = None if arm.name == reference else versus(outcomes, base)
-        entry["matched"] = matched(outcomes, utility.metric, level)
+        other = arm.name != reference
+        pair = checkpoints[arm.name], checkpoints[reference]
+        entry["versus_reference"] = versus(outcomes, base) if other else None
+        entry["matched"] = matched(seeds, *pair, utility.metric) if other else None
     adjust(described)
     result = {
         "schema": 1,
@@ -119,7 +123,7 @@ def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor) -> dict[
         "defenses": [defense["name"] for defense in defenses],
         "claims": _claims(done),
         "kind": _kind(done),
-        "protects": ("outputs" if any(outcome.guarded for outcome in done) else "weights") if done else None,
+        "protects": ("outputs" if is_guarded(done) else "weights") if done else None,
         "runs": [_run(outcome) for outcome in outcomes],
         "summary": _summary(done),
         "comparable": comparable,
@@ -143,20 +147,22 @@ def _run(outcome: Outcome) -> dict[str, Any]:
 
 
 def _claims(done: list[Outcome]) -> list[dict[str, Any]]:
-    """Claims of an arm; where the seeds spent different privacy budgets, the weakest."""
-    claims: dict[str, dict[str, Any]] = {}
+    """Claims of an arm: every statement of a heuristic with its ``seeds``; of privacy budgets that differ, the weakest."""
+    claims: dict[tuple[str, str | None], dict[str, Any]] = {}
     for outcome in done:
         for defense in outcome.report["defenses"]:
-            claim, known = defense["claim"], claims.get(defense["name"])
-            if known is None or _budget(claim) > _budget(known):
-                claims[defense["name"]] = {"name": defense["name"], **claim}
+            claim = {"name": defense["name"], **defense["claim"]}
+            private = claim["kind"] == "dp"
+            key = claim["name"], None if private else claim.get("statement")
+            if not private:
+                claims.setdefault(key, claim | {"seeds": []})["seeds"].append(outcome.run.seed)
+            elif key not in claims or _budget(claim) > _budget(claims[key]):
+                claims[key] = claim
     return list(claims.values())
 
 
 def _budget(claim: dict[str, Any]) -> float:
-    """Epsilon of a claim: 0 where a claim has none, infinite where differential privacy is claimed without a number."""
-    if claim["kind"] != "dp":
-        return 0.0
+    """Epsilon of a claim of differential privacy, infinite where it has no number."""
     return math.inf if claim.get("epsilon") is None else claim["epsilon"]
 
 

@@ -24,6 +24,8 @@ def style(index: int) -> tuple[str, str]:
 def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
     """Verified pictures over the utility metric, the front as a staircase; bars span the seeds, hollow: not comparable.
 
+    Hollow with a star at its name: behind an output filter the count is small by construction.
+
     Args:
         stage: key of ``fronts``.
     """
@@ -43,8 +45,8 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
                 axes.plot(
                     point["x"], point["y"], marker="o", markersize=17, color=colours["grid"], clip_on=False, zorder=1
                 )
-            _spread(axes, comparison["arms"][number], block["x"], stage, style(number)[0])
-            _mark(axes, point, number, point["comparable"])
+            _spread(axes, comparison["arms"][number], point["seeds"], block["x"], stage, style(number)[0])
+            _mark(axes, point, number, point["comparable"] and not point["by_construction"])
         _scale(axes, "x", [p["x"] for p in points] + ([floor] if floor else []))
         axes.margins(x=0.08)
         axes.set(xlabel=_name(block["x"]), ylabel=EXTRACTED, ylim=_from_zero(axes))
@@ -54,7 +56,9 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
                 "stated utility", (floor, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), rotation=90,
                 textcoords="offset points", ha="right", va="top", fontsize=9, color=colours["text"],
             )  # fmt: skip
-        beside(axes, [(p["x"], p["y"], p["arm"], style(index[p["arm"]])[0]) for p in points])
+        names = [p["arm"] + (" *" if p["by_construction"] else "") for p in points]
+        ends = zip(points, names, strict=True)
+        beside(axes, [(p["x"], p["y"], name, style(index[p["arm"]])[0]) for p, name in ends])
 
     return render(draw, PLANE)
 
@@ -193,10 +197,10 @@ def _mark(axes: Axes, point: dict[str, Any], number: int, full: bool) -> None:
     )  # fmt: skip
 
 
-def _spread(axes: Axes, arm: dict[str, Any], metric: str, stage: str, colour: str) -> None:
-    """Bars from the lowest to the highest seed."""
+def _spread(axes: Axes, arm: dict[str, Any], drawn: list[int], metric: str, stage: str, colour: str) -> None:
+    """Bars from the lowest to the highest of the seeds that are drawn."""
     seeds = []
-    for run in arm["runs"]:
+    for run in (run for run in arm["runs"] if run["seed"] in drawn):
         values, off = run["values"] or {}, run["guard_off"] if stage == "weights" else None
         x = off.get(metric) if off else values.get(f"utility.{metric}")
         seeds.append((x, off["verified"] if off else values.get(VERIFIED)))

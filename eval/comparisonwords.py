@@ -6,7 +6,31 @@ from eval.armfigures import Loaded, done_of
 from eval.arms import Outcome, lookup
 from eval.wording import NOT_MEASURED, number, tier_sentence
 
+EARLY_STOP = "early_stop"  # name of the defense
 OTHER_ATTACKS = ("privacy.extraction", "privacy.membership", "privacy.inpainting", "privacy.canaries", "utility")
+ONE_DATA_SET = (
+    "All seeds share one data set and one split into training and held-out pictures: intervals over seeds do not cover other data, "
+    "or another split."
+)
+SIDE_BY_SIDE = (
+    "Training times are wall-clock times of arms that ran side by side on one machine: differences of some tens of per cent mean "
+    "nothing."
+)
+LOOKING = (
+    "The cost of looking is not in the training time: early stop generates and compares images at every checkpoint."
+)
+GROUP_CAP = (
+    "DP-SGD takes a bounded number of pictures per group in each step, so that a picture with many copies is seen less often than in "
+    "the undefended arm, even without noise: part of the drop is that cap."
+)
+NOISY_METRIC = (
+    "The {metric} of a checkpoint is itself noisy{spread}. The first crossing in matched utility takes a lucky checkpoint for a "
+    "good one, so it comes too early, before leakage has grown."
+)
+CORRELATION = (
+    "Counts by correlation have no p-value, and the rule is loose: held-out pictures pass it, too. Only what goes beyond the control "
+    "counts."
+)
 SAME_BUDGET = 0.01  # relative difference of images seen that is not worth a word (Poisson batches vary)
 
 
@@ -29,12 +53,12 @@ def not_measured(loaded: Loaded, comparison: dict[str, Any]) -> list[str]:
             "No utility floor was stated (utility.at_most), so every arm is ranked: one that only ruins its pictures "
             "looks private."
         )
-    if not any(report.get("along") for report in reports):
-        found.append(
-            "Earlier checkpoints were not measured (report.along): matched utility rests on the final models alone."
-        )
+    found += _matching(reports, comparison["design"]["utility"]["metric"])
     found += _budgets(loaded, comparison["design"]["images_seen"])
     found += _withheld(loaded)
+    found += _costs(loaded, comparison)
+    if any(lookup(report, "privacy.extraction.by_correlation") for report in reports):
+        found.append(CORRELATION)
     if len({str(lookup(report, "run.hardware")) for report in reports}) > 1:
         found.append("The arms ran on different hardware: their costs cannot be held against each other.")
     found.append(
@@ -63,14 +87,30 @@ def _attack_size(done: list[Outcome]) -> list[str]:
     return []
 
 
+def _matching(reports: list[dict[str, Any]], metric: str) -> list[str]:
+    if any(report.get("along") for report in reports):
+        return [NOISY_METRIC.format(metric=metric.upper(), spread=" (kid_std)" if metric == "kid" else "")]
+    return ["Earlier checkpoints were not measured (report.along): matched utility rests on the final models alone."]
+
+
+def _costs(loaded: Loaded, comparison: dict[str, Any]) -> list[str]:
+    """What times leave out, and what part of a drop is not the noise's."""
+    defenses = [each for _, outcomes in loaded for outcome in done_of(outcomes) for each in outcome.report["defenses"]]
+    parallel = lookup(comparison, "comparison.config.launcher.parallel") or 1
+    found = [SIDE_BY_SIDE] if parallel > 1 else []
+    found += [LOOKING] if any(each["name"] == EARLY_STOP for each in defenses) else []
+    return found + ([GROUP_CAP] if any(each["claim"].get("images_per_group") for each in defenses) else [])
+
+
 def _seeds(count: int) -> list[str]:
     if count == 1:
-        return ["One seed: nothing is known of how much another training would change."]
+        return ["One seed: nothing is known of how much another training would change.", ONE_DATA_SET]
     text = f"{count} seeds: intervals over seeds rest on {count} trainings of each arm"
     text += " and are very wide" if count == 2 else ""
     return [
         f"{text}. The paired test on pictures takes these trained models as they are; whether another training would "
-        "differ likewise is for the signs and intervals over seeds to say."
+        "differ likewise is for the signs and intervals over seeds to say.",
+        ONE_DATA_SET,
     ]
 
 

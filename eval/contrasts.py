@@ -1,22 +1,40 @@
-"""Arms against each other: paired with the reference, at matched utility, on the Pareto front, over a varied factor."""
+"""Arms against each other: paired with the reference, on the Pareto front, over a varied factor."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from eval.armfigures import EXTRACTION, METRICS, VERIFIED, Loaded, checkpoint, done_of, guard_off, mean_of, values_of
+from eval.armfigures import (
+    EXTRACTION,
+    METRICS,
+    VERIFIED,
+    Loaded,
+    done_of,
+    guard_off,
+    is_guarded,
+    mean_of,
+    values_of,
+)
 from eval.arms import Outcome, UtilityFloor
 from eval.pairedtests import (
     holm,
     paired_t_test,
     sign_agreement,
     sign_flip_p_value,
+    smallest_sign_flip_p_value,
     t_interval,
     trend_test,
     unit_differences,
 )
-from eval.tradeoff import Point, matched_level, pareto_front, reach
+from eval.tradeoff import front_with_marked
+from eval.wording import EVIDENCE_P
 
 COMPARED = (*METRICS, "downstream.accuracy", "downstream.macro_auc")  # of ``utility``, against the reference
+# figure -> how many images it was computed from: its bias depends on that number
+SIZES = {"fid": "fid_n", "precision": "prc_n", "recall": "prc_n"}
+BY_CONSTRUCTION = (
+    "none: the filter uses the attack's own score, so that little or nothing is counted behind it by construction; see the "
+    "figures with the guard off, and those by correlation"
+)
+NO_TEST = {"p_value": None, "units": None, "units_differing": None, "smallest_p_value": None}
 
 
 def comparability(outcomes: list[Outcome], utility: UtilityFloor) -> tuple[bool | None, str | None]:
@@ -33,15 +51,23 @@ def comparability(outcomes: list[Outcome], utility: UtilityFloor) -> tuple[bool 
 
 def versus(outcomes: list[Outcome], base: list[Outcome]) -> dict[str, Any]:
     """Paired differences from the reference, seed by seed."""
-    differences = _differences(outcomes, base, VERIFIED)
-    p_value, test, units = _pictures_test(outcomes, base)
-    found = {"verified": _paired(differences) | {"p_value": p_value, "p_value_holm": None, "test": test} | units}
+    test = _pictures_test(outcomes, base) | {"p_value_holm": None, "smallest_p_value_holm": None, "note": None}
+    found = {"verified": _paired(_differences(outcomes, base, VERIFIED)) | test}
     for metric in COMPARED:
         differences = _differences(outcomes, base, f"utility.{metric}")
         if any(difference is not None for difference in differences):
-            p_value, test = paired_t_test([each for each in differences if each is not None])
-            found[metric] = _paired(differences) | {"p_value": p_value, "test": test}
+            sizes = _differences(outcomes, base, f"utility.{SIZES[metric]}") if metric in SIZES else [None] * len(base)
+            found[metric] = _quality(differences, sizes)
     return found
+
+
+def _quality(differences: list[float | None], sizes: list[float | None]) -> dict[str, Any]:
+    """Paired differences of a figure of utility; none on seeds on which the two numbers of images (``sizes``) differ."""
+    alike = [None if size else each for each, size in zip(differences, sizes, strict=True)]
+    p_value, test = paired_t_test([each for each in alike if each is not None])
+    if alike != differences:
+        test += "; seeds are left out on which it comes from different numbers of images: its bias depends on them"
+    return _paired(alike) | {"p_value": p_value, "test": test}
 
 
 def _paired(differences: list[float | None]) -> dict[str, Any]:
@@ -59,106 +85,91 @@ def _differences(outcomes: list[Outcome], base: list[Outcome], path: str) -> lis
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
-def _pictures_test(outcomes: list[Outcome], base: list[Outcome]) -> tuple[float | None, str, dict[str, int | None]]:
-    """Sign flips over the independent units of the training pictures that both arms saw: p-value, test, units."""
-    none = {"units": None, "units_differing": None}
+def _pictures_test(outcomes: list[Outcome], base: list[Outcome]) -> dict[str, Any]:
+    """Sign flips over the independent units of the training pictures that both arms saw."""
+    if is_guarded(outcomes) or is_guarded(base):
+        return NO_TEST | {"test": BY_CONSTRUCTION}
     pairs = [pair for pair in zip(outcomes, base, strict=True) if None not in (pair[0].verified, pair[1].verified)]
     if not pairs:
-        return None, "none: no seed on which both arms finished with an attack", none
+        return NO_TEST | {"test": "none: no seed on which both arms finished with an attack"}
     training = pairs[0][1].training
     if any(each.training.picture != training.picture for pair in pairs for each in pair):
-        return None, "none: the arms were not trained on the same pictures", none
+        return NO_TEST | {"test": "none: the arms were not trained on the same pictures"}
     units = unit_differences([(mine.verified, theirs.verified) for mine, theirs in pairs], training.unit_of)
-    counts = {"units": len(units), "units_differing": sum(value != 0 for value in units.values())}
+    differing = sum(value != 0 for value in units.values())
     seeds = f"{len(pairs)} seed{'' if len(pairs) == 1 else 's'}"
-    test = f"exact sign flips of {training.unit}, two-sided, summed over {seeds}"
-    return sign_flip_p_value(list(units.values())), test, counts
-
-
-def adjust(described: list[dict[str, Any]]) -> None:
-    """Holm's adjustment over all arms that are held against the reference."""
-    tests = [entry["versus_reference"]["verified"] for entry in described if entry["versus_reference"]]
-    for test, adjusted in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
-        test["p_value_holm"] = adjusted
-
-
-def level_of(loaded: Loaded, utility: UtilityFloor) -> float | None:
-    """The level of the metric at which arms are compared."""
-    ranked = [outcomes for _, outcomes in loaded if comparability(outcomes, utility)[0]]
-    runs = [_points(outcome, utility.metric) for outcomes in ranked for outcome in outcomes]
-    return matched_level([run for run in runs if run], utility.at_most)
-
-
-def _points(outcome: Outcome, metric: str) -> list[Point]:
-    """Checkpoints of a run up to the released one: what comes later, the arm never gives out."""
-    if outcome.report is None or VERIFIED not in outcome.values:
-        return []
-    released = outcome.values.get("model.released_step", outcome.values.get("model.steps"))
-    rows = [(row["step"], row[metric], row["verified"]) for row in map(checkpoint, outcome.report.get("along") or [])]
-    rows = [row for row in rows if row[0] < released]
-    rows.append((released, outcome.values.get(f"utility.{metric}"), outcome.values[VERIFIED]))
-    return [Point(*row) for row in rows if None not in row]
-
-
-def matched(outcomes: list[Outcome], metric: str, level: float | None) -> dict[str, Any]:
-    """The arm where its metric first falls to the level, run by run."""
-    runs = [_points(outcome, metric) for outcome in outcomes]
-    found = [None if level is None else reach(run, level) for run in runs]
-    known = [match for match in found if match is not None]
-    interval = t_interval([match.verified for match in known], least=0.0)
-    seeds = [outcome.run.seed for outcome in outcomes]
-    rows = [
-        {"seed": seed, "verified": match and match.verified, "step": match and match.step}
-        for seed, match in zip(seeds, found, strict=True)
-    ]
-    missed = [seed for seed, run, match in zip(seeds, runs, found, strict=True) if run and match is None]
-    at_first = [seed for seed, match in zip(seeds, found, strict=True) if match and match.at_first]
     return {
-        "metric": metric,
-        "level": level,
-        "runs": rows,
-        **{key: interval[key] for key in ("mean", "low", "high", "n")},
-        "reached": bool(known) and not missed,
-        "note": _matched_note(metric, level, missed, at_first) if any(runs) else "No run was measured.",
+        "p_value": sign_flip_p_value(list(units.values())),
+        "test": f"exact sign flips of {training.unit}, two-sided, summed over {seeds}",
+        "units": len(units),
+        "units_differing": differing,
+        "smallest_p_value": smallest_sign_flip_p_value(differing),
     }
 
 
-def _matched_note(metric: str, level: float | None, missed: list[int], at_first: list[int]) -> str:
-    if level is None:
-        return "No arm is comparable, so there is no level to match."
-    note = f"Verified pictures where {metric} first falls to {level:.4g}, linear between checkpoints."
-    if at_first:
-        note += f" The first checkpoint measured was already there, and its value is taken ({_named(at_first)})."
-    return note + (f" Never reached ({_named(missed)})." if missed else "")
+def adjust(described: list[dict[str, Any]]) -> None:
+    """Holm's adjustment over the arms that are comparable and tested, and what the tests could have shown at best."""
+    held = [(entry, entry["versus_reference"]["verified"]) for entry in described if entry["versus_reference"]]
+    tests = [(entry, test) for entry, test in held if test["p_value"] is not None]
+    family = [test for entry, test in tests if entry["comparable"]]
+    for test, adjusted in zip(family, holm([test["p_value"] for test in family]), strict=True):
+        test["p_value_holm"] = adjusted
+        test["smallest_p_value_holm"] = min(1.0, len(family) * test["smallest_p_value"])
+    for _, test in tests:
+        test["note"] = _at_best(test, len(family))
 
 
-def _named(seeds: Sequence[int]) -> str:
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+def _at_best(test: dict[str, Any], family: int) -> str | None:
+    """Says where the test cannot reach `EVIDENCE_P`, however large the effect."""
+    count, adjusted = test["units_differing"], test["smallest_p_value_holm"]
+    if count == 0:
+        return "the two arms gave away the same pictures, so the test has nothing to speak of"
+    if max(test["smallest_p_value"], adjusted or 0.0) <= EVIDENCE_P:
+        return None
+    said = f"{count} {'unit that differs' if count == 1 else 'units that differ'} cannot give less than p = "
+    said += f"{test['smallest_p_value']:.3g}"
+    if adjusted is not None:
+        said += f" ({adjusted:.3g} after Holm over {family} test{'' if family == 1 else 's'})"
+    return f"{said}: even if all of them point one way, {EVIDENCE_P} is out of reach"
 
 
 def front(loaded: Loaded, utility: UtilityFloor, guard: bool) -> dict[str, Any]:
     """Arms in the plane of utility and leakage, means over seeds; the front holds only those that are comparable.
 
+    Comparable arms are drawn over the seeds that all of them have, the others over their own. Behind an output filter the count
+    is small by construction: such a point is marked, and takes no arm off the front (`front_with_marked`).
+
     Args:
         guard: count what output filters let through; otherwise what the weights give away.
     """
+    figures = {arm.name: _figures(outcomes, utility.metric, guard) for arm, outcomes in loaded}
+    ranked = {arm.name for arm, outcomes in loaded if figures[arm.name] and comparability(outcomes, utility)[0]}
+    common = set.intersection(*(set(figures[name]) for name in ranked)) if ranked else set()
     points = []
     for arm, outcomes in loaded:
-        off = not guard and any(outcome.guarded for outcome in outcomes)
-        figures = [_figures(outcome, utility.metric, off) for outcome in done_of(outcomes)]
-        x, y = (mean_of(column) for column in zip(*figures, strict=True)) if figures else (None, None)
-        if x is not None and y is not None:
-            comparable = utility.at_most is None or x <= utility.at_most
-            points.append({"arm": arm.name, "x": x, "y": y, "comparable": comparable})
-    ranked = {point["arm"]: (point["x"], point["y"]) for point in points if point["comparable"]}
-    return {"x": utility.metric, "y": "verified", "front": pareto_front(ranked), "points": points}
+        # without a seed in common nothing can be ranked, and every arm is drawn over its own
+        seeds = sorted(common if common and arm.name in ranked else figures[arm.name])
+        if seeds:
+            x, y = (mean_of(figures[arm.name][seed][axis] for seed in seeds) for axis in (0, 1))
+            full = arm.name in ranked and (utility.at_most is None or x <= utility.at_most)
+            counted = {"n": len(seeds), "seeds": seeds, "by_construction": guard and is_guarded(outcomes)}
+            points.append({"arm": arm.name, "x": x, "y": y, "comparable": full, **counted})
+    best = {point["arm"]: (point["x"], point["y"]) for point in points if point["comparable"] and common}
+    marked = [point["arm"] for point in points if point["by_construction"]]
+    return {"x": utility.metric, "y": "verified", "front": front_with_marked(best, marked), "points": points}
 
 
-def _figures(outcome: Outcome, metric: str, off: bool) -> tuple[float | None, float | None]:
-    if off and outcome.guarded:
-        found = guard_off(outcome.report)
-        return found[metric], found["verified"]
-    return outcome.values.get(f"utility.{metric}"), outcome.values.get(VERIFIED)
+def _figures(outcomes: list[Outcome], metric: str, guard: bool) -> dict[int, tuple[float, float]]:
+    """Seed -> (metric, verified), where both were measured."""
+    found = {}
+    for outcome in done_of(outcomes):
+        pair = outcome.values.get(f"utility.{metric}"), outcome.values.get(VERIFIED)
+        if outcome.guarded and not guard:
+            off = guard_off(outcome.report)
+            pair = off[metric], off["verified"]
+        if None not in pair:
+            found[outcome.run.seed] = pair
+    return found
 
 
 def trend(loaded: Loaded, factor: str) -> dict[str, Any]:
@@ -177,6 +188,7 @@ def trend(loaded: Loaded, factor: str) -> dict[str, Any]:
         "low": [interval["low"] for interval in intervals],
         "high": [interval["high"] for interval in intervals],
         "rate": [mean_of(values) for values in columns[f"{EXTRACTION}.rate"]],
+        "control": [mean_of(values_of(outcomes, f"{EXTRACTION}.control.verified")) for _, outcomes in loaded],
         "test": tests[0],
         "test_rate": tests[1],
     }

@@ -64,6 +64,11 @@ def sign_flip_p_value(differences: Sequence[int] | np.ndarray) -> float:
     return _tails(distribution, int(differences.sum()))
 
 
+def smallest_sign_flip_p_value(differing: int) -> float:
+    """The smallest value of `sign_flip_p_value` where this many units differ: all point one way, 2 of 2^U patterns."""
+    return min(1.0, max(sys.float_info.min, 2.0 ** (1 - differing)))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Step-down adjustment for the family-wise error (Holm 1979); None is no test and does not count.
 

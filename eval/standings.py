@@ -3,12 +3,16 @@
 from typing import Any
 
 from eval import claims
+from eval.claims import FOR_THE_HOLDER
 from eval.wording import EVIDENCE_P
 
 VERIFIED = "privacy.extraction.verified"
 P_VALUE = "privacy.extraction.control.p_value"
 CONTROL = "privacy.extraction.control.verified"
 CONTROL_N = "privacy.extraction.control.n"
+
+CORRELATED = "privacy.extraction.by_correlation"
+OUTPUTS_ONLY = "the guarantee holds for the weights, not for images that passed the filter"
 
 TITLES = {
     "leak": "Training pictures can be pulled out of some of these models",
@@ -47,6 +51,27 @@ def _standing(found: list[dict[str, Any]]) -> str:
     if any(count and p_value is not None and p_value <= EVIDENCE_P for count, p_value in hits):
         return "leak"
     return "unclear" if any(count for count, _ in hits) or not hits else "none"
+
+
+def by_construction(arm: dict[str, Any]) -> str | None:
+    """Why the count behind an output filter is no measurement; None for an arm without one."""
+    if arm["protects"] != "outputs":
+        return None
+    counts = [(run["values"] or {}).get(VERIFIED) for run in arm["runs"]]
+    return f"{'few' if any(counts) else '0'} by construction: the filter uses the attack's own score"
+
+
+def statements(arm: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """(place among the claims, claim) of every statement of a heuristic; seeds may differ in what they say."""
+    claims = enumerate(arm["claims"])
+    return [(place, claim) for place, claim in claims if claim.get("kind") != "dp" and claim.get("statement")]
+
+
+def claim_notes(arm: dict[str, Any]) -> list[str]:
+    """What must be read beside the guarantees of an arm, but for `FOR_THE_HOLDER`, which all have; each once."""
+    private = [entry["dp"] for entry in claim_entries(arm) if entry["dp"]]
+    notes = [OUTPUTS_ONLY] if private and arm["protects"] == "outputs" else []
+    return [*notes, *dict.fromkeys(note for dp in private for note in dp["notes"] if note != FOR_THE_HOLDER)]
 
 
 def groups(arms: list[dict[str, Any]]) -> dict[str, list[int]]:

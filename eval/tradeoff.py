@@ -1,6 +1,6 @@
 """Privacy against utility: arms at matched utility, and the Pareto front. Lower is better for both."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -19,7 +19,8 @@ class Match:
 
     Attributes:
         step, verified: there, by linear interpolation between two checkpoints.
-        at_first: the first checkpoint was already there, and these are its numbers: the run may have come by earlier.
+        at_first: the first checkpoint was already there, and these are its numbers: the run came by earlier, nobody knows with
+            how many verified (a censored value).
     """
 
     step: float
@@ -27,20 +28,11 @@ class Match:
     at_first: bool
 
 
-def matched_level(runs: Sequence[Sequence[Point]], at_most: float | None) -> float | None:
-    """The level at which arms are compared: the stated floor if every run reaches it, else the worst of their best values.
-
-    Args:
-        runs: checkpoints of every run of the arms that are comparable, at least one each.
-        at_most: floor that was stated; None: none.
-
-    Returns:
-        None where there is no run.
-    """
-    if not runs:
+def pair_level(one: Sequence[Point], other: Sequence[Point]) -> float | None:
+    """The best level of the metric that both runs reach: the worse of their best values; None where one has no checkpoint."""
+    if not one or not other:
         return None
-    worst = max(min(point.metric for point in run) for run in runs)
-    return worst if at_most is None or worst > at_most else at_most
+    return max(min(point.metric for point in run) for run in (one, other))
 
 
 def reach(points: Sequence[Point], level: float) -> Match | None:
@@ -68,3 +60,17 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
         return any(x <= mine[0] and y <= mine[1] and (x, y) != mine for x, y in points.values())
 
     return [name for name, point in points.items() if not dominated(point)]
+
+
+def front_with_marked(points: Mapping[str, tuple[float, float]], marked: Collection[str]) -> list[str]:
+    """The front where some counts are no measurements: a marked point is on it if no point dominates it, but removes none.
+
+    Args:
+        marked: names of points that are small by construction.
+
+    Returns:
+        Names in the given order.
+    """
+    measured = {name: point for name, point in points.items() if name not in marked}
+    kept = {*pareto_front(measured), *(name for name in pareto_front(points) if name in marked)}
+    return [name for name in points if name in kept]

@@ -146,7 +146,8 @@ def extraction_of(leaked: list[int], seed: int) -> dict[str, Any]:
             "1": {"pictures": PICTURES - COPIED, "verified": hits - copied},
             str(COPIES): {"pictures": COPIED, "verified": copied},
         },
-        "by_correlation": {"threshold": 0.95, "verified": min(hits, 9), "control": {"verified": 0, "n": 8}},
+        "by_correlation": {"threshold": 0.95, "verified": min(hits, 9), "candidates": hits + 2}
+        | {"control": {"verified": 3, "verified_train_m": 4 + hits // 3, "n": 8, "background": 0.125}},
         "sampler": {"name": "ddim", "steps": 25, "precision": "fp32"},
         "seconds": 1.75 + seed,
     }

@@ -88,6 +88,8 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
         off = _extraction(ARMS["none"][3][seed])
         run["guard_off"] = {key: off[key] for key in ("verified", "verified_units", "candidates", "by_copies")}
         run["guard_off"] |= {"control": off["control"]["verified"], "kid": ARMS["none"][4][seed]}
+        run["guard_off"] |= {"by_correlation": 13, "by_correlation_candidates": 29, "by_correlation_train": 12}
+        run["guard_off"] |= {"by_correlation_control": 11, "by_correlation_n": 31}
     return run, made
 
 
@@ -111,7 +113,8 @@ def _extraction(verified: int) -> dict[str, Any]:
         "verified": int(verified == 1),
         "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013),
     }
-    return extraction | {"by_correlation": {"verified": max(0, verified - 1)}}
+    control = {"verified": 4, "verified_train_m": 6, "n": 31, "background": 0.0419}
+    return extraction | {"by_correlation": {"verified": max(0, verified - 1), "candidates": 17, "control": control}}
 
 
 def _along(step: int, verified: int, kid: float) -> dict[str, Any]:
@@ -130,7 +133,9 @@ def _mean(values: list[float]) -> dict[str, Any]:
 def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     shares, kind, names, verified, kid, _ = row
     found = [run["values"] for run in runs if run["values"]]
-    claims = [{"name": part} | (fabricate_claim() if part == "dpsgd" else HEURISTIC) for part in names]
+    claims = [
+        {"name": part} | (fabricate_claim() if part == "dpsgd" else HEURISTIC | {"seeds": [0, 1]}) for part in names
+    ]
     for claim in claims:
         if name == "dpsgd-eps1":
             claim |= {"epsilon": 0.9871}
@@ -151,6 +156,14 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     differences = [a - b for a, b in zip(verified, ARMS["none"][3], strict=True) if a is not None]
     if name != "none" and found:
         test = {"p_value": 0.0417, "p_value_holm": 0.0834, "test": "permutation of units", "units": 34}
+        test |= {
+            "smallest_p_value": 0.0078125,
+            "smallest_p_value_holm": 0.0547,
+            "note": "8 units give no less than p = 0.0547",
+        }
+        if name == "output_filter":
+            test |= {"p_value": None, "p_value_holm": None, "smallest_p_value": None, "smallest_p_value_holm": None}
+            test |= {"test": "none: the filter uses the attack's own score", "note": None}
         arm["versus_reference"] = {
             "verified": {
                 "differences": differences,
@@ -161,12 +174,31 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
                 **_mean(differences),
             },
         }
-    matched = {"metric": "kid", "level": 0.0163, "n": len(found), "note": "no checkpoint is that good"}
-    reached = bool(found) and not below
-    figures = _mean([0.83 * values["privacy.extraction.verified"] for values in found]) if reached else {}
-    matched |= {"runs": [], "mean": None, "low": None, "high": None, "reached": reached, **figures}
-    arm["matched"] = matched | {"n": len(found)}
+    arm["matched"] = None if name == "none" else _matched(found if name != "output_filter" else [])
     return arm
+
+
+def _matched(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """``matched`` of an arm; its second seed was at the level at its first checkpoint."""
+    rows = []
+    for seed, values in enumerate(found):
+        verified = 0.83 * values["privacy.extraction.verified"]
+        row = {
+            "seed": seed,
+            "level": 0.0163 + 0.0011 * seed,
+            "verified": verified,
+            "step": 911.5,
+            "at_first": seed == 1,
+        }
+        rows.append(row | {"reference_verified": 6.31, "reference_step": 1207.25, "reference_at_first": False})
+    figures = _mean([row["verified"] for row in rows]) if rows else {"mean": None, "n": 0}
+    level = float(np.mean([row["level"] for row in rows])) if rows else None
+    matched = {"metric": "kid", "level": level, "runs": rows, "mean": figures["mean"], "low": None, "high": None}
+    matched |= {"reference_mean": 6.31 if rows else None, "n": figures["n"], "censored": int(len(rows) > 1)}
+    return matched | {
+        "reached": bool(rows),
+        "note": "pairs of one seed" if rows else "one point: the filter changes outputs",
+    }
 
 
 def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[str, Any]:
@@ -202,7 +234,7 @@ def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[s
         for stage in points
     }
     drawn = {"factor": "data.phantom.copies", "levels": [1, 4, 16], "verified": [0.5, 3.5, 7.5], "low": [0.0, 1.1, 5.9]}
-    drawn |= {"high": [2.3, 6.2, 9.1], "rate": [0.0125, 0.0875, 0.1875]}
+    drawn |= {"high": [2.3, 6.2, 9.1], "rate": [0.0125, 0.0875, 0.1875], "control": [0.0, 0.5, 1.5]}
     drawn |= {"test": {"name": "rank correlation, permutation of levels within seeds", "p_value": 0.0278}}
     lines = ["Membership was not measured.", "Attack size: tier smoke. The next one, small, means 8,192 generations."]
     return {
@@ -221,7 +253,10 @@ def _point(arm: dict[str, Any], stage: str) -> dict[str, Any]:
     y = arm["summary"]["privacy.extraction.verified"]["mean"]
     if stage == "weights" and arm["protects"] == "outputs":
         y = float(np.mean([run["guard_off"]["verified"] for run in arm["runs"]]))
-    return {"arm": arm["name"], "x": arm["summary"]["utility.kid"]["mean"], "y": y, "comparable": arm["comparable"]}
+    seeds = [run["seed"] for run in arm["runs"] if run["values"]]
+    counted = {"n": len(seeds), "seeds": seeds, "by_construction": stage == "outputs" and arm["protects"] == "outputs"}
+    x = arm["summary"]["utility.kid"]["mean"]
+    return {"arm": arm["name"], "x": x, "y": y, "comparable": arm["comparable"], **counted}
 
 
 def _front(points: list[dict[str, Any]]) -> list[str]:

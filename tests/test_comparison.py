@@ -11,7 +11,7 @@ from scipy import stats
 from defenses.errors import UserError
 from eval.arms import numbers
 from eval.comparison import UtilityFloor, assemble
-from tests.comparisons import AT_MOST, ERROR, KID, LEAKED, edit_report, write_comparison
+from tests.comparisons import ERROR, KID, LEAKED, edit_report, write_comparison
 
 
 @pytest.fixture
@@ -62,6 +62,10 @@ def test_every_number_of_a_run_is_in_its_report(planted, compared):
                 off = report["privacy"]["extraction_guard_off"]
                 assert all(told["guard_off"][key] == off[key] for key in ("verified", "candidates", "by_copies"))
                 assert told["guard_off"]["kid"] == report["utility"]["guard_off"]["kid"]
+                correlated = off["by_correlation"]
+                assert told["guard_off"]["by_correlation_candidates"] == correlated["candidates"]
+                for key, path in (("train", "verified_train_m"), ("control", "verified"), ("n", "n")):
+                    assert told["guard_off"][f"by_correlation_{key}"] == correlated["control"][path]
                 assert told["findings"] == [{"name": "filter", **report["defenses"][0]["findings"]}]
 
 
@@ -72,6 +76,8 @@ def test_values_hold_what_the_page_shows(compared):
         "control.verified_train_m control.p_value control.background by_correlation.verified by_correlation.control.n"
     ).split():
         assert f"privacy.extraction.{path}" in values
+    for path in "verified candidates control.verified control.verified_train_m control.n".split():
+        assert f"privacy.extraction.by_correlation.{path}" in values
     for path in "kid kid_std fid precision recall downstream.accuracy downstream.train_on_real.accuracy".split():
         assert f"utility.{path}" in values
     assert {"cost.train_seconds", "model.released_step", "data.removed_by_dedup"} <= values.keys()
@@ -108,6 +114,18 @@ def test_the_weakest_claim_of_the_seeds_is_told(planted):
         assert [claim["epsilon"] for claim in found] == [epsilon]
 
 
+def test_every_statement_of_a_heuristic_is_kept(planted):
+    arms, options = planted
+    said = {"kind": "heuristic", "statement": "No checkpoint without copies was seen."}
+    edit_report(arms["dedup"].runs[1], "defenses", [{"name": "dedup", "claim": said, "findings": None}])
+    found = assemble(list(arms.values()), **options)["arms"][1]
+    assert [(claim["statement"], claim["seeds"]) for claim in found["claims"]] == [
+        ("Removes copies.", [0]),
+        ("No checkpoint without copies was seen.", [1]),
+    ]
+    assert found["kind"] == "heuristic" and found["defenses"] == ["dedup"]
+
+
 def test_mean_and_interval_over_seeds(compared):
     summary = compared[1]["none"]["summary"]
     interval = stats.ttest_1samp(KID["none"], 0).confidence_interval(0.95)
@@ -135,11 +153,32 @@ def test_paired_test_by_hand(compared):
     assert compared[1]["none"]["versus_reference"] is None
 
 
-def test_holm_over_the_arms(compared):
-    """filter: {0..3} -8, {4,5} -3, four of -4, -4, -4, -2: also 2/64; dpsgd one seed: also 2/64. Three tests: times three."""
-    for name in ("dedup", "dpsgd", "filter"):
-        found = compared[1][name]["versus_reference"]["verified"]
-        assert found["p_value"] == pytest.approx(2 / 64) and found["p_value_holm"] == pytest.approx(6 / 64)
+def test_holm_over_the_arms_that_are_comparable_and_tested(compared):
+    """dedup alone: dpsgd (seven of seven units, {0..3} among them) is below the floor, the filter has no test."""
+    arms = compared[1]
+    found = arms["dedup"]["versus_reference"]["verified"]
+    for key in ("p_value", "p_value_holm", "smallest_p_value", "smallest_p_value_holm"):
+        assert found[key] == pytest.approx(2 / 64)
+    assert found["note"] is None
+    found = arms["dpsgd"]["versus_reference"]["verified"]
+    assert [found[key] for key in ("p_value", "smallest_p_value")] == pytest.approx([2 / 64] * 2)
+    assert found["p_value_holm"] is found["smallest_p_value_holm"] is None
+
+
+def test_holm_and_what_it_could_show_at_best(planted):
+    """Without a floor: dedup and dpsgd, six units each, 2/64 at best, times two."""
+    arms, options = planted
+    found = assemble(list(arms.values()), **options | {"utility": UtilityFloor()})["arms"]
+    for arm in found[1:3]:
+        test = arm["versus_reference"]["verified"]
+        assert [test[key] for key in ("p_value_holm", "smallest_p_value_holm")] == pytest.approx([4 / 64] * 2)
+        assert "6 units that differ cannot give less than p = 0.0312 (0.0625 after Holm over 2 tests)" in test["note"]
+
+
+def test_a_count_behind_a_filter_is_not_tested(compared):
+    found = compared[1]["filter"]["versus_reference"]["verified"]
+    assert found["differences"] == [-13, -12] and "own score" in found["test"]
+    assert all(found[key] is None for key in ("p_value", "p_value_holm", "smallest_p_value", "units", "note"))
 
 
 def test_utility_is_compared_over_seeds(compared):
@@ -202,7 +241,7 @@ def test_a_comparison_of_failures_only(planted):
     ]
     result = assemble(gone, **options)
     assert len(result["not_measured"]) == 8 and result["fronts"]["weights"]["front"] == []
-    assert result["arms"][0]["matched"]["level"] is None
+    assert result["arms"][0]["matched"] is None and result["arms"][1]["matched"]["level"] is None
 
 
 def test_below_the_floor_is_not_comparable(compared):
@@ -210,6 +249,45 @@ def test_below_the_floor_is_not_comparable(compared):
     assert [arms[name]["comparable"] for name in arms] == [True, True, False, True]
     assert "0.0331" in arms["dpsgd"]["why"] and "0.02" in arms["dpsgd"]["why"]
     assert "dpsgd" not in result["fronts"]["weights"]["front"] + result["fronts"]["outputs"]["front"]
+
+
+def test_a_filter_takes_nobody_off_the_front(planted):
+    """At the quality of the undefended model and with nothing behind it, it would leave no other arm."""
+    arms, options = planted
+    for run, kid in zip(arms["filter"].runs, KID["dedup"], strict=True):
+        edit_report(run, "utility.kid", kid)
+    fronts = assemble(list(arms.values()), **options)["fronts"]
+    assert fronts["outputs"]["front"] == ["dedup", "filter"]
+
+
+def test_fronts_are_drawn_over_the_seeds_that_all_have(planted):
+    """dpsgd lacks seed 1: ranked, it leaves seed 0 to all; below the floor, it leaves them theirs."""
+    arms, options = planted
+    for utility, n, none in ((UtilityFloor(), 1, (0.0061, 14)), (options["utility"], 2, (0.0066, 13))):
+        found = assemble(list(arms.values()), **options | {"utility": utility})["fronts"]["weights"]["points"]
+        points = {point["arm"]: point for point in found}
+        assert (points["none"]["x"], points["none"]["y"]) == pytest.approx(none)
+        assert points["dedup"]["n"] == points["none"]["n"] == n and points["none"]["seeds"] == list(range(n))
+        assert (points["dpsgd"]["n"], points["dpsgd"]["x"]) == (1, 0.0331)
+
+
+def test_arms_without_a_common_seed_are_not_ranked(planted):
+    arms, options = planted
+    gone = dataclasses.replace(arms["dedup"].runs[0], status="failed")
+    arms["dedup"] = dataclasses.replace(arms["dedup"], runs=[gone, arms["dedup"].runs[1]])
+    result = assemble([arms[name] for name in ("none", "dedup", "dpsgd")], **options | {"utility": UtilityFloor()})
+    assert result["fronts"]["weights"]["front"] == []
+    assert [point["n"] for point in result["fronts"]["weights"]["points"]] == [2, 1, 1]
+
+
+def test_figures_of_different_numbers_of_images_are_not_compared(planted):
+    arms, options = planted
+    edit_report(arms["filter"].runs[0], "utility.fid_n", 7)
+    result = assemble(list(arms.values()), **options | {"utility": UtilityFloor(metric="fid")})
+    found = result["arms"][3]["versus_reference"]
+    assert found["fid"]["differences"] == [None, pytest.approx(15 * 0.0001)]
+    assert "different numbers of images" in found["fid"]["test"] and "different" not in found["kid"]["test"]
+    assert found["kid"]["differences"] == pytest.approx([0.0002, 0.0001])
 
 
 def test_without_a_floor_all_are_ranked(planted):
@@ -226,43 +304,11 @@ def test_two_fronts(compared):
     assert fronts["outputs"]["front"] == ["dedup", "filter"] and fronts["weights"]["front"] == ["dedup"]
     points = {name: {p["arm"]: (p["x"], p["y"]) for p in front["points"]} for name, front in fronts.items()}
     assert points["outputs"]["filter"] == pytest.approx((0.00675, 0.5))
+    marked = {name: [p["arm"] for p in front["points"] if p["by_construction"]] for name, front in fronts.items()}
+    assert marked == {"weights": [], "outputs": ["filter"]}
     for name in ("filter", "none"):
         assert points["weights"][name] == pytest.approx((0.0066, 13))
     assert points["weights"]["dpsgd"] == (0.0331, 0)
-
-
-def test_matched_at_the_floor_by_hand(compared):
-    """none, seed 0: kid 0.0401 at step 100, 0.0151 at 200: 0.02 lies 201/250 of the way, where 3 * 0.804 are verified."""
-    found = compared[1]["none"]["matched"]
-    assert found["level"] == AT_MOST and found["reached"] and found["n"] == 2
-    assert found["runs"][0]["step"] == pytest.approx(180.4) and found["runs"][0]["verified"] == pytest.approx(2.412)
-    assert found["runs"][1]["verified"] == pytest.approx(2 * 211 / 240)
-    shared = compared[1]["filter"]["matched"]
-    assert [run["verified"] for run in shared["runs"]] == [1, 0] and "already there" in shared["note"]
-    missed = compared[1]["dpsgd"]["matched"]
-    assert not missed["reached"] and missed["runs"][0] == {"seed": 0, "verified": None, "step": None}
-    assert "Never reached (seed 0)" in missed["note"]
-
-
-def test_matched_at_the_worst_of_the_best_without_a_floor(planted):
-    arms, options = planted
-    chosen = [arms["none"], arms["dedup"]]
-    found = assemble(chosen, **options | {"utility": UtilityFloor()})["arms"]
-    assert found[0]["matched"]["level"] == found[1]["matched"]["level"] == 0.0071
-    assert found[0]["matched"]["runs"][1] == {"seed": 1, "verified": 12, "step": 400}
-    share = (0.0083 - 0.0071) / (0.0083 - 0.0052)
-    assert found[1]["matched"]["runs"][0]["verified"] == pytest.approx(1 + share)
-
-
-def test_checkpoints_after_the_released_one_do_not_count(planted):
-    """An early stop that releases step 150 at a kid of 0.03: that later steps fall below the floor helps nobody."""
-    arms, options = planted
-    run = arms["dedup"].runs[0]
-    edit_report(run, "model.released_step", 150)
-    edit_report(run, "utility.kid", 0.03)
-    none, dedup = (arm["matched"] for arm in assemble([arms["none"], arms["dedup"]], **options)["arms"])
-    assert none["level"] == dedup["level"] == 0.03
-    assert dedup["runs"][0] == {"seed": 0, "verified": 2, "step": 150}
 
 
 @pytest.mark.parametrize(
@@ -352,6 +398,7 @@ def test_a_factor_and_its_trend(planted):
     arms, options = planted
     low = arms["filter"]
     levels = [(arms["none"], 40), (low, 1), (arms["dedup"], 8)]
+    edit_report(arms["none"].runs[0], "privacy.extraction.control.verified", 3)
     for run in low.runs:  # plain runs at the lowest level, on other data
         edit_report(run, "privacy.extraction_guard_off", None)
         edit_report(run, "data.clusters", 30)
@@ -360,6 +407,7 @@ def test_a_factor_and_its_trend(planted):
     result = assemble(chosen, **options | {"factor": "data.phantom.copies"})
     trend = result["trend"]
     assert trend["levels"] == [1, 8, 40] and trend["arms"] == ["filter", "dedup", "none"]
+    assert trend["control"] == [0, 0, 1.5]
     assert trend["verified"] == [0.5, 1.5, 13] and trend["test"]["p_value"] == pytest.approx(2 / 36)
     assert trend["test"]["p_value"] == trend["test"]["smallest_p_value"]
     assert result["design"]["training_pictures"] is None and result["design"]["training_records"] == 36
@@ -398,6 +446,22 @@ def test_what_was_not_measured_is_said(compared):
     for words in ("Membership was not measured", "tier smoke", "8,192", "2 seeds", "very wide", "Pareto front"):
         assert words in said
     assert "Extraction was not measured" not in said and "floor" not in said and "hardware" not in said
+
+
+def test_limits_of_times_seeds_and_crossings_are_said(planted):
+    arms, options = planted
+    said = " ".join(assemble(list(arms.values()), **options)["not_measured"])
+    for words in ("one data set and one split", "kid_std", "comes too early", "no p-value"):
+        assert words in said
+    for words in ("side by side", "cost of looking", "is that cap"):
+        assert words not in said
+    facts = options["facts"] | {"config": {"launcher": {"parallel": 2}}}
+    claim = {"kind": "dp", "epsilon": 7.9, "delta": 1e-5, "images_per_group": 4}
+    stop = {"name": "early_stop", "claim": {"kind": "heuristic", "statement": "Stops."}, "findings": None}
+    edit_report(arms["dpsgd"].runs[0], "defenses", [{"name": "dpsgd", "claim": claim, "findings": None}, stop])
+    said = " ".join(assemble(list(arms.values()), **options | {"facts": facts})["not_measured"])
+    for words in ("side by side", "cost of looking", "is that cap"):
+        assert words in said
 
 
 def test_other_budgets_and_machines_are_said(planted):

@@ -12,6 +12,7 @@ from eval.pairedtests import (
     paired_t_test,
     sign_agreement,
     sign_flip_p_value,
+    smallest_sign_flip_p_value,
     t_interval,
     trend_test,
     unit_differences,
@@ -75,6 +76,14 @@ def test_a_real_difference_is_found():
         difference = (random.random(60) < 0.1).astype(int) - (random.random(60) < 0.3)
         found += sign_flip_p_value(difference) <= 0.05
     assert 0.65 < found / 300 < 0.85  # normal approximation: 0.76
+
+
+@pytest.mark.parametrize("units", range(9))
+def test_smallest_sign_flip_p_value_by_enumeration(units):
+    """The largest effect: every unit that differs does so in one direction."""
+    assert smallest_sign_flip_p_value(units) == pytest.approx(enumerated([-1] * units), rel=1e-12)
+    differences = [[sign * (1 + k) for k in range(units)] for sign in (-1, 1)]
+    assert all(enumerated(each) == pytest.approx(smallest_sign_flip_p_value(units)) for each in differences)
 
 
 def test_unit_differences_by_hand():

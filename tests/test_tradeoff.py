@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.tradeoff import Match, Point, matched_level, pareto_front, reach
+from eval.tradeoff import Match, Point, front_with_marked, pair_level, pareto_front, reach
 
 RUN = [Point(100, 0.04, 0), Point(200, 0.02, 4), Point(300, 0.01, 9), Point(400, 0.015, 14)]
 
@@ -30,12 +30,29 @@ def test_first_crossing_where_the_metric_rises_again():
     assert reach(run, 0.3) == Match(pytest.approx(1.5), pytest.approx(1.5), at_first=False)
 
 
-def test_level():
+def test_level_of_a_pair_is_the_worse_of_two_bests():
     other = [Point(100, 0.05, 0), Point(200, 0.018, 2)]
-    assert matched_level([RUN, other], None) == 0.018
-    assert matched_level([RUN, other], 0.02) == 0.02
-    assert matched_level([RUN, other], 0.011) == 0.018
-    assert matched_level([], 0.02) is None
+    assert pair_level(RUN, other) == pair_level(other, RUN) == 0.018
+    assert pair_level(RUN, RUN) == 0.01 and pair_level(RUN, RUN[:2]) == 0.02
+    assert pair_level([], RUN) is None and pair_level(RUN, []) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_both_runs_of_a_pair_reach_their_level(seed):
+    """And at no better one: whatever lies below the level, one of the two never reaches."""
+    random = np.random.default_rng(seed)
+    runs = [[Point(step, *random.random(2)) for step in range(random.integers(1, 6))] for _ in range(2)]
+    level = pair_level(*runs)
+    assert all(reach(run, level) for run in runs)
+    assert any(reach(run, np.nextafter(level, 0)) is None for run in runs)
+
+
+def test_a_marked_point_takes_nobody_off_the_front():
+    points = {"none": (1.0, 9.0), "filter": (1.0, 0.0), "dedup": (2.0, 3.0), "worse": (3.0, 3.0), "ruin": (4.0, 0.0)}
+    assert pareto_front(points) == ["filter"]
+    assert front_with_marked(points, ["filter"]) == ["none", "filter", "dedup", "ruin"]
+    assert front_with_marked(points, ["ruin"]) == ["filter"]  # dominated by a measured point
+    assert front_with_marked(points, []) == pareto_front(points) and front_with_marked({}, []) == []
 
 
 def test_front_by_hand():
