@@ -36,7 +36,8 @@ def plane(comparison: dict[str, Any], stage: str) -> Themed | None:
     index = {arm["name"]: number for number, arm in enumerate(comparison["arms"])}
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        front = sorted((p["x"], p["y"]) for p in points if p["arm"] in block["front"])
+        steps = [p for p in points if p["arm"] in block["front"] and not p["by_construction"]]
+        front = sorted((p["x"], p["y"]) for p in steps)
         if front:
             axes.step(*zip(*front, strict=True), where="post", color=colours["grid"], linewidth=5, zorder=0)
         for point in points:

@@ -21,10 +21,11 @@ def test_plane_names_every_measured_arm(comparison):
     for stage in ("weights", "outputs"):
         themed = comparison_plots.plane(comparison, stage)
         found = texts(themed["light"])
-        assert set(ARMS) - {"gan"} <= set(found) and "gan" not in found
+        assert set(ARMS) - {"gan"} <= {name.removesuffix(" *") for name in found} and "gan" not in found
         assert {"stated utility", "KID (lower is better)", "distinct pictures extracted"} <= set(found)
         assert plots.ARMS[0][0] in svg(themed["light"]) and plots.ARMS[0][1] in svg(themed["dark"])
         assert plots.ARMS[0][0] not in svg(themed["dark"])
+    assert "output_filter *" in texts(comparison_plots.plane(comparison, "outputs")["light"])
     empty = {"x": "kid", "y": "verified", "front": [], "points": []}
     assert comparison_plots.plane(comparison | {"fronts": {"weights": empty}}, "weights") is None
 
