@@ -112,9 +112,12 @@ def adjust(described: list[dict[str, Any]]) -> None:
     held = [(entry, entry["versus_reference"]["verified"]) for entry in described if entry["versus_reference"]]
     tests = [(entry, test) for entry, test in held if test["p_value"] is not None]
     family = [test for entry, test in tests if entry["comparable"]]
-    for test, adjusted in zip(family, holm([test["p_value"] for test in family]), strict=True):
+    p_values = [test["p_value"] for test in family]
+    for place, (test, adjusted) in enumerate(zip(family, holm(p_values), strict=True)):
         test["p_value_holm"] = adjusted
-        test["smallest_p_value_holm"] = min(1.0, len(family) * test["smallest_p_value"])
+        # the other tests as they are; times the size of the family would be too much for all but the smallest
+        at_best = [*p_values[:place], test["smallest_p_value"], *p_values[place + 1 :]]
+        test["smallest_p_value_holm"] = holm(at_best)[place]
     for _, test in tests:
         test["note"] = _at_best(test, len(family))
 

@@ -14,6 +14,7 @@ from scipy.stats import binom, rankdata, t
 
 LEVEL = 0.95  # of every interval
 MOST_LEVELS = 12  # of a factor in the exact trend test: its work grows as 2^levels
+_COUNTABLE = 40  # units of which a double still counts the sign patterns one by one
 _SPREAD = 1e-12  # relative standard deviation below which values differ by rounding only
 
 
@@ -61,7 +62,9 @@ def sign_flip_p_value(differences: Sequence[int] | np.ndarray) -> float:
         term = np.zeros(2 * size * count + 1)
         term[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
         distribution = np.convolve(distribution, term)
-    return _tails(distribution, int(differences.sum()))
+    p_value, units = _tails(distribution, int(differences.sum())), int(counts.sum())
+    # a whole number of the 2^U sign patterns: rounding errors of the convolution go, where they are smaller than one pattern
+    return round(p_value * 2**units) / 2**units if units <= _COUNTABLE else p_value
 
 
 def smallest_sign_flip_p_value(differing: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from defenses.errors import UserError
-from eval.arms import numbers
+from eval.arms import numbers, read_training
 from eval.comparison import UtilityFloor, assemble
 from tests.comparisons import ERROR, KID, LEAKED, edit_report, write_comparison
 
@@ -154,7 +154,7 @@ def test_paired_test_by_hand(compared):
 
 
 def test_holm_over_the_arms_that_are_comparable_and_tested(compared):
-    """dedup alone: dpsgd (seven of seven units, {0..3} among them) is below the floor, the filter has no test."""
+    """dedup alone: dpsgd (six units, like dedup) is below the floor, the filter has no test."""
     arms = compared[1]
     found = arms["dedup"]["versus_reference"]["verified"]
     for key in ("p_value", "p_value_holm", "smallest_p_value", "smallest_p_value_holm"):
@@ -173,6 +173,28 @@ def test_holm_and_what_it_could_show_at_best(planted):
         test = arm["versus_reference"]["verified"]
         assert [test[key] for key in ("p_value_holm", "smallest_p_value_holm")] == pytest.approx([4 / 64] * 2)
         assert "6 units that differ cannot give less than p = 0.0312 (0.0625 after Holm over 2 tests)" in test["note"]
+
+
+def test_an_arm_that_differs_little_is_not_held_to_the_size_of_the_family(planted):
+    """dpsgd, seed 0, as if it leaked as the reference but for patients 5 and 6: 2/4. With dedup's 2/64: 4/64 and 1/2."""
+    arms, options = planted
+    run = arms["dpsgd"].runs[0]
+    record_of = {picture: record for record, picture in read_training(run.manifest).picture.items()}
+    leaked = iter(range(10))
+
+    def leak(row):
+        picture = next(leaked, None)
+        return row if picture is None else row | {"record_id": record_of[picture], "verified": "true"}
+
+    rewrite(run.directory / "attack" / "matches.csv", leak)
+    edit_report(run, "privacy.extraction.verified", 10)
+    chosen = [arms[name] for name in ("none", "dedup", "dpsgd")]
+    found = assemble(chosen, **options | {"utility": UtilityFloor()})["arms"][1:]
+    tests = [arm["versus_reference"]["verified"] for arm in found]
+    assert [test["units_differing"] for test in tests] == [6, 2]
+    for key in ("p_value_holm", "smallest_p_value_holm"):
+        assert [test[key] for test in tests] == [4 / 64, 1 / 2]
+    assert "2 units that differ cannot give less than p = 0.5 (0.5 after" in tests[1]["note"]
 
 
 def test_a_count_behind_a_filter_is_not_tested(compared):

@@ -86,6 +86,11 @@ def test_smallest_sign_flip_p_value_by_enumeration(units):
     assert all(enumerated(each) == pytest.approx(smallest_sign_flip_p_value(units)) for each in differences)
 
 
+@pytest.mark.parametrize("units", [6, 20, 40])
+def test_the_largest_effect_has_the_smallest_p_value_to_the_bit(units):
+    assert sign_flip_p_value([-3] * (units - 1) + [-2]) == smallest_sign_flip_p_value(units) == 2.0 ** (1 - units)
+
+
 def test_unit_differences_by_hand():
     unit_of = {10: 0, 11: 0, 12: 1, 13: 2}
     seeds = [(frozenset({11, 13}), frozenset({10, 12, 13})), (frozenset(), frozenset({10, 12, 11}))]
