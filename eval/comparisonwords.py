@@ -135,6 +135,7 @@ def _withheld(loaded: Loaded) -> list[str]:
             if off is not None and on != off:
                 found.append(
                     f"Arm {arm.name}, seed {outcome.run.seed}: {number(on)} of {number(off)} generations passed the output "
-                    "filter; the others were not attacked."
+                    "filter; the others were not attacked. FID, precision and recall are held against the reference only "
+                    "where they come from as many images."
                 )
     return found

@@ -8,6 +8,7 @@ is a flat grey of brightness 8 p with a mark; a generation that copies it is the
 import csv
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def edit_report(run: ArmRun, dotted: str, value: Any) -> None:
         part = part[key]
     part[keys[-1]] = value
     (run.directory / "report.json").write_text(json.dumps(report))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, str]], dict[str, Any]]) -> None:
+    """Changes every row of a table."""
+    with path.open(newline="") as file:
+        rows = [change(row) for row in csv.DictReader(file)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def picture(number: int) -> np.ndarray:
@@ -263,14 +274,8 @@ def _record(source: str, cluster: int, patient: int | None, split: str, salt: st
     group = "" if patient is None else hashlib.sha256(f"{salt}{patient}".encode()).hexdigest()[:12]
     copies = COPIES if 0 <= cluster < COPIED else int(cluster >= 0)
     row = {"record_id": _id(source), "source": source, "sha256": "", "group": group, "split": split}
-    return row | {
-        "copies": copies,
-        "cluster": cluster,
-        "kept": "true",
-        "reason": "",
-        "duplicate_of": "",
-        "distance": "",
-    }
+    row |= {"copies": copies, "cluster": cluster, "kept": "true"}
+    return row | {"reason": "", "duplicate_of": "", "distance": ""}
 
 
 def _along(step: int, kid: float, verified: int, seed: int) -> dict[str, Any]:
