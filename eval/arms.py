@@ -71,7 +71,7 @@ class UtilityFloor:
 
     def __post_init__(self):
         if self.at_most is not None and not -float("inf") < self.at_most < float("inf"):
-            raise UserError("utility.at_most", f"is {self.at_most}", "take a number, or null for no floor")
+            raise UserError("floor.at_most", f"is {self.at_most}", "take a number, or null for no floor")
 
 
 @dataclass

@@ -50,7 +50,7 @@ def not_measured(loaded: Loaded, comparison: dict[str, Any]) -> list[str]:
     found += _seeds(len(comparison["design"]["seeds"]))
     if comparison["design"]["utility"]["at_most"] is None:
         found.append(
-            "No utility floor was stated (utility.at_most), so every arm is ranked: one that only ruins its pictures "
+            "No utility floor was stated (floor.at_most), so every arm is ranked: one that only ruins its pictures "
             "looks private."
         )
     found += _matching(reports, comparison["design"]["utility"]["metric"])
