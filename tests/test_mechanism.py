@@ -496,7 +496,7 @@ def test_without_any_record_training_goes_on_as_noise(tmp_path, monkeypatch, unc
     """A rate so small that every batch is empty: no forward pass, yet every step is booked, moves weights and EMA, and
     advances the learning rate."""
     never = []
-    monkeypatch.setattr("train.loop.per_example_loss", lambda *arguments: never.append(1))
+    monkeypatch.setattr("train.diffusion.per_example_loss", lambda *arguments: never.append(1))
     rare = (DPSGD % "").replace("sample_rate: 0.3", "sample_rate: 1e-12")
     trainer, _, directory = trainer_of(tmp_path, rare, "train.keep_checkpoints=null", "train.preview_every=0")
     before = copy.deepcopy(trainer.state.model.state_dict())
