@@ -1,0 +1,239 @@
+"""A released model as the white-box attacks see it: predicted noise of any picture, at any timestep, under any condition."""
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from torch import nn
+from torch.nn.functional import interpolate
+
+from defenses.errors import UserError
+from train.gan import PIPELINE as GAN_PIPELINE
+from train.models import memory_format
+from train.stage import SIDECAR
+
+Condition = dict[str, torch.Tensor]  # keyword arguments of the network, each [B, ...]; empty: unconditional
+
+
+@dataclass
+class Denoiser:
+    """White-box access to a diffusion model. All tensors are float32 on ``device``.
+
+    Attributes:
+        network: what is differentiated; frozen and in evaluation mode.
+        alphas_cumprod: float32 [T]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+        prediction: what the network returns: "epsilon", "v_prediction" or "sample".
+        predict: (x_t [B, ...], timesteps int64 [B], condition) -> output of the network [B, ...].
+        encode: uint8 [B, C, H, W] of the data -> x_0 [B, ...] in the model's own space: pixels in [-1, 1], or scaled latents.
+        decode: x_0 -> images float32 [B, C, H, W] in [0, 1], of the data's shape.
+        condition: class indices or captions, one per record -> what ``predict`` takes.
+        kind: what the model is conditioned on.
+        latent: whether x_0 is the latent of an autoencoder, which hides what only pixels show.
+        classes: names of the classes in the order of their indices; empty where unknown or unconditional.
+    """
+
+    network: nn.Module
+    alphas_cumprod: torch.Tensor
+    prediction: str
+    predict: Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+    encode: Callable[[np.ndarray], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    condition: Callable[[Sequence[Any]], Condition]
+    kind: Literal["none", "class", "caption"]
+    latent: bool
+    device: torch.device
+    classes: Sequence[str] = ()
+
+    @property
+    def timesteps(self) -> int:
+        """T, the length of the noise schedule."""
+        return len(self.alphas_cumprod)
+
+    def timestep(self, place: float) -> int:
+        """The timestep at a share of the schedule in [0, 1): t = 100 of T = 1000 is 0.1."""
+        return min(int(round(place * self.timesteps)), self.timesteps - 1)
+
+    def rates(self, timesteps: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), [B, 1, ...] to multiply with ``x``."""
+        signal = self.alphas_cumprod[timesteps].reshape(-1, *[1] * (x.ndim - 1))
+        return signal.sqrt(), (1 - signal).sqrt()
+
+    def noised(self, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t of x_0 = ``x``."""
+        signal, spread = self.rates(timesteps, x)
+        return signal * x + spread * noise
+
+    def epsilon(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Predicted noise in x_t = ``x``, whatever the network itself predicts (Salimans and Ho 2022, appendix D)."""
+        output = self.predict(x, timesteps, condition)
+        if self.prediction == "epsilon":
+            return output
+        signal, spread = self.rates(timesteps, x)
+        return signal * output + spread * x if self.prediction == "v_prediction" else (x - signal * output) / spread
+
+    def clean(self, x: torch.Tensor, epsilon: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Predicted x_0 from x_t = ``x`` and the noise predicted in it."""
+        signal, spread = self.rates(timesteps, x)
+        return (x - spread * epsilon) / signal
+
+
+def load(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Denoiser:
+    """The denoiser of a pipeline saved in diffusers' format: safetensors only, no remote code, no network.
+
+    Args:
+        shape: (C, H, W) of the data.
+
+    Raises:
+        UserError: it cannot be loaded, or is a kind of model that these attacks do not know.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name == GAN_PIPELINE:
+        raise _unknown(folder, "a GAN, which predicts no noise")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise UserError(
+            "pipeline", f"{folder}: {reason}", "it must load with DiffusionPipeline.from_pretrained"
+        ) from error
+    network = getattr(pipeline, "unet", None)
+    if isinstance(network, UNet2DModel) and not hasattr(pipeline, "vqvae"):
+        sidecar = folder / SIDECAR
+        classes = json.loads(sidecar.read_text()).get("classes") or () if sidecar.exists() else ()
+        return of_network(network, pipeline.scheduler.config, shape, device, classes)
+    if isinstance(network, UNet2DConditionModel) and hasattr(pipeline, "vae") and hasattr(pipeline, "encode_prompt"):
+        return _text_to_image(pipeline, shape, device)
+    raise _unknown(folder, f"a {name}")
+
+
+def _unknown(folder: Path, what: str) -> UserError:
+    return UserError(
+        "pipeline",
+        f"{folder} is {what}: membership, inpainting and canary losses need UNet2DModel, or a UNet2DConditionModel with VAE and text encoder",
+        "switch these attacks off (attack.membership=null attack.inpainting=null); extraction does not need them",
+    )
+
+
+def of_network(
+    network: UNet2DModel,
+    schedule: dict[str, Any],
+    shape: tuple[int, int, int],
+    device: torch.device,
+    classes: Sequence[str] = (),
+) -> Denoiser:
+    """The denoiser of a network on pixels, unconditional or class-conditional.
+
+    Args:
+        schedule: configuration of its scheduler.
+        shape: (C, H, W) of the data.
+    """
+    network = network.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+    size = network.config.sample_size or shape[1:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    kind = "class" if network.config.num_class_embeds else "none"
+
+    def predict(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return network(x, timesteps, return_dict=False, **condition)[0].float()
+
+    def condition(values: Sequence[Any]) -> Condition:
+        return {} if kind == "none" else {"class_labels": torch.as_tensor(np.asarray(values, np.int64), device=device)}
+
+    return Denoiser(
+        network=network,
+        alphas_cumprod=_alphas_cumprod(schedule, device),
+        prediction=schedule.get("prediction_type", "epsilon"),
+        predict=predict,
+        encode=lambda images: _fit(_tensor(images, device), (network.config.in_channels, *size)) * 2 - 1,
+        decode=lambda x: _fit(x / 2 + 0.5, shape).clamp(0, 1),
+        condition=condition,
+        kind=kind,
+        latent=False,
+        device=device,
+        classes=classes,
+    )
+
+
+def _text_to_image(pipeline: Any, shape: tuple[int, int, int], device: torch.device) -> Denoiser:
+    """Stable Diffusion 1.x, 2.x, XL: denoising of the scaled latents of the VAE, under the embedding of a caption."""
+    pipeline.to(device)
+    network, vae = pipeline.unet, pipeline.vae
+    for part in (network, vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+        if part is not None:
+            part.eval().requires_grad_(False)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    side = network.config.sample_size * factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def encode(images: np.ndarray) -> torch.Tensor:
+        pixels = _fit(_tensor(images, device), (vae.config.in_channels, side, side)) * 2 - 1
+        # the mean, not a draw: the same latent for every attack and every model
+        return (vae.encode(pixels).latent_dist.mean - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        pixels = vae.decode(x / vae.config.scaling_factor + shift, return_dict=False)[0]
+        return _fit(pixels / 2 + 0.5, shape).clamp(0, 1)
+
+    def predict(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        added = {name: condition[name] for name in ("text_embeds", "time_ids") if name in condition}
+        more = {"added_cond_kwargs": added} if added else {}
+        text = condition["encoder_hidden_states"]
+        return network(x, timesteps, encoder_hidden_states=text, return_dict=False, **more)[0].float()
+
+    return Denoiser(
+        network=network,
+        alphas_cumprod=_alphas_cumprod(pipeline.scheduler.config, device),
+        prediction=pipeline.scheduler.config.get("prediction_type", "epsilon"),
+        predict=predict,
+        encode=encode,
+        decode=decode,
+        condition=partial(_text_condition, pipeline, side, device),
+        kind="caption",
+        latent=True,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def _text_condition(pipeline: Any, side: int, device: torch.device, captions: Sequence[str]) -> Condition:
+    """Embeddings of captions as the pipeline itself makes them, with SDXL's sizes of an uncropped picture."""
+    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    found = pipeline.encode_prompt(list(captions), **{key: value for key, value in options.items() if key in known})
+    if len(found) == 2:
+        return {"encoder_hidden_states": found[0]}
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=device)
+    return {
+        "encoder_hidden_states": found[0],
+        "text_embeds": found[2],
+        "time_ids": sizes.expand(len(captions), -1),
+    }
+
+
+def _alphas_cumprod(schedule: dict[str, Any], device: torch.device) -> torch.Tensor:
+    return DDPMScheduler.from_config(schedule).alphas_cumprod.to(device, torch.float32)
+
+
+def _tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255
+
+
+def _fit(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Resizes and converts float32 [n, c, h, w] in [0, 1] to [n, *shape]."""
+    if images.shape[1] != shape[0]:
+        luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+        images = (images * luma).sum(1, keepdim=True) if shape[0] == 1 else images.expand(-1, shape[0], -1, -1)
+    if tuple(images.shape[2:]) != tuple(shape[1:]):
+        images = interpolate(images, tuple(shape[1:]), mode="bicubic", antialias=True).clamp(0, 1)
+    return images

@@ -1,0 +1,83 @@
+"""Members and non-members: who is asked about, drawn alike from the training and from the held-out split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from defenses.references import shuffled
+from defenses.seeding import derive
+from eval.denoiser import Denoiser
+from train.data import Dataset, Record
+
+
+@dataclass
+class Candidates:
+    """Records whose membership is asked, one per distinct picture; copies of one picture are asked about once.
+
+    Attributes:
+        rows: row in the data set, int64 [N].
+        member: whether the picture was trained on, bool [N].
+        block: independent unit (`train.splits`), int64 [N]; no unit has members and non-members.
+        records: the record of each row.
+    """
+
+    rows: np.ndarray
+    member: np.ndarray
+    block: np.ndarray
+    records: Sequence[Record]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether any of the records has a group (patient)."""
+        return any(record.group is not None for record in self.records)
+
+    def side(self, member: bool) -> "Candidates":
+        """The members, or the non-members."""
+        some = np.flatnonzero(self.member == member)
+        records = [self.records[place] for place in some]
+        return replace(self, rows=self.rows[some], member=self.member[some], block=self.block[some], records=records)
+
+
+def candidates(dataset: Dataset, most: int | None, seed: int) -> Candidates:
+    """Distinct pictures of the training split that were trained on, and of the held-out split.
+
+    A picture of which a defense kept one copy counts as trained on; one that was taken out wholly (an audit's coin) is
+    left out on both sides.
+
+    Args:
+        most: pictures of either side at most, whole blocks drawn at random; None: all.
+    """
+    sides = [_drawn(dataset, dataset.rows(split, kept=True), most, derive(seed, "attack/members", split)) for split in
+             ("train", "heldout")]  # fmt: skip
+    rows = np.concatenate(sides)
+    records = [dataset.records[row] for row in rows]
+    block = np.array([record.block for record in records], dtype=np.int64)
+    return Candidates(rows, np.arange(len(rows)) < len(sides[0]), block, records)
+
+
+def _drawn(dataset: Dataset, rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """The first row of each picture, ascending; at most ``most``."""
+    pictures = np.array([dataset.records[row].cluster for row in rows], dtype=np.int64)
+    first = rows[np.sort(np.unique(pictures, return_index=True)[1])]
+    if most is None or len(first) <= most:
+        return first
+    block = np.array([dataset.records[row].block for row in first], dtype=np.int64)
+    return np.sort(first[shuffled(block, np.random.default_rng(seed))[:most]])
+
+
+def conditions(denoiser: Denoiser, records: Sequence[Record]) -> list[Any]:
+    """What the model is told of each record: its class index, its caption, or None.
+
+    A label that the model does not know counts as class 0, a missing caption as the empty one.
+    """
+    if denoiser.kind == "caption":
+        return [record.caption or "" for record in records]
+    if denoiser.kind == "class":
+        index = {name: place for place, name in enumerate(denoiser.classes)}
+        return [index.get(record.label, 0) for record in records]
+    return [None] * len(records)
