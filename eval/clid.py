@@ -8,7 +8,7 @@ import numpy as np
 from eval.scores import Probe, chunk_losses
 
 KEPT = (0.75, 0.5, 0.25, 0.0)  # shares of a caption's words that its reductions keep; the last one is the null caption
-PLACES = (0.44, 0.45, 0.46)  # of the schedule (Zhai et al. 2024, section 5.1: t = 440, 450, 460)
+PLACES = (0.44, 0.45, 0.46)  # of the schedule (Zhai et al. 2024: t = 440, 450, 460)
 MIX = 0.5  # weight of the discrepancy against the loss; the authors tune it on shadow models, here it is fixed
 
 
@@ -19,7 +19,7 @@ def reduced(caption: str, kept: float) -> str:
 
 
 def clid(probe: Probe) -> np.ndarray:
-    """Robustly scaled mix of the conditional likelihood discrepancy and of the loss, float64 [N] (Zhai et al. 2024, section 4).
+    """Robustly scaled mix of the conditional likelihood discrepancy and of the loss, float64 [N] (Zhai et al. 2024).
 
     Discrepancy: loss under a reduced caption minus loss under the caption, mean over reductions and timesteps, same noise. A
     model that has learnt a picture by heart needs the caption that it was learnt with.

@@ -29,7 +29,7 @@ def gradient_features(
     accelerator: Accelerator,
     batch: int,
 ) -> np.ndarray:
-    """Norm of the gradient with respect to every tensor of weights (Pang et al. 2023, section 4.2, GSA1).
+    """Norm of the gradient with respect to every tensor of weights (Pang et al. 2023, GSA1).
 
     The loss is the mean over ``timesteps`` of the squared error of the predicted noise, one draw each, so that one backward
     pass serves all of them. Its noise is that of `scores.loss_values`' first draw: the same for every model.

@@ -140,7 +140,7 @@ def error(chunk: Chunk, x: torch.Tensor, timestep: int, noise: torch.Tensor) -> 
 
 @torch.no_grad()
 def secmi(probe: Probe, t_sec: int, step: int) -> np.ndarray:
-    """SecMI-stat: minus the t-error of a deterministic trip, mean over dimensions (Duan et al. 2023, section 3.3).
+    """SecMI-stat: minus the t-error of a deterministic trip, mean over dimensions (Duan et al. 2023).
 
     DDIM inversion leads from x_0 to t_sec in steps of ``step``; from there one step on and one step back. What the model knows
     comes back nearer. (The authors' program ends one step before t_sec, at 90 for 100.)
@@ -168,7 +168,7 @@ def _ddim(chunk: Chunk, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 @torch.no_grad()
 def pia(probe: Probe, timestep: int, norm: float = 4.0) -> np.ndarray:
-    """PIA and PIAN, float64 [N, 2] (Kong et al. 2024, section 3): minus the l_p distance of two predictions.
+    """PIA and PIAN, float64 [N, 2] (Kong et al. 2023): minus the l_p distance of two predictions.
 
     The noise predicted in x_0 at t = 0 stands in for the true noise: x_0 is noised with it to ``timestep``, and the noise
     predicted there is compared with it. PIAN first rescales it to the mean absolute value of a normal variable, sqrt(2 / pi).

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 
 from defenses.seeding import generator
 from eval import scores
+from eval.clid import clid, mixed, reduced
 from eval.denoiser import Denoiser
-from eval.scores import loss_values
+from eval.scores import Probe, loss_values, pia, secmi, sima, standardised
 
 TIMESTEPS = 100
 ALPHAS = torch.linspace(0.999, 0.01, TIMESTEPS)
@@ -89,3 +90,104 @@ def test_ranks_share_the_records_and_agree(monkeypatch):
         found = asked(denoiser, images, accelerator=SimpleNamespace(process_index=rank, num_processes=2))
     assert np.array_equal(found, alone)
     assert sum(seen) == passes == 7 * 2 * 2 * 2  # nothing is computed twice
+
+
+# --- attacks of one query or a few, on a network that scales its input: everything has a closed form
+
+GAIN = 0.7
+
+
+def probe(images, predict, conditions=None, batch=3):
+    conditions = [0.0] * len(images) if conditions is None else conditions
+    rows = np.arange(len(images)) + 10
+    return Probe(formula(predict), images, conditions, rows, 5, Accelerator(cpu=True), batch)
+
+
+def scaling(x, t, condition):
+    return GAIN * x
+
+
+def rates(timestep):
+    alpha = float(ALPHAS[timestep].double())
+    return np.sqrt(alpha), np.sqrt(1 - alpha)
+
+
+def pixels(images):
+    return images.astype(np.float64).reshape(len(images), -1) / 127.5 - 1
+
+
+def growth(start, end):
+    """What one DDIM step multiplies a picture by, when the predicted noise is GAIN times the picture."""
+    (signal, spread), (later_signal, later_spread) = rates(start), rates(end)
+    return later_signal * (1 - spread * GAIN) / signal + later_spread * GAIN
+
+
+def test_secmi_is_the_error_of_a_step_forth_and_back():
+    images = pictures()
+    inverted = np.prod([growth(t, t + 5) for t in range(0, 20, 5)])
+    error = (growth(20, 25) * growth(25, 20) - 1) ** 2 * (inverted**2 * (pixels(images) ** 2).mean(1))
+    assert secmi(probe(images, scaling), 20, 5) == pytest.approx(-error, rel=1e-3)
+    assert error.min() > 1e-7
+
+
+def test_secmi_of_a_constant_prediction_is_zero():
+    assert secmi(probe(pictures(), lambda x, t, c: torch.ones_like(x)), 20, 5) == pytest.approx(0, abs=1e-10)
+
+
+def test_pia_compares_two_predictions():
+    images, (signal, spread) = pictures(), rates(30)
+    found = pia(probe(images, scaling), 30)
+    x = pixels(images)
+    plain = GAIN * abs(signal + spread * GAIN - 1) * np.linalg.norm(x, 4, axis=1)
+    noise = x * np.sqrt(2 / np.pi) / abs(x).mean(1, keepdims=True)
+    normalised = np.linalg.norm(GAIN * (signal * x + spread * noise) - noise, 4, axis=1)
+    assert found == pytest.approx(-np.stack([plain, normalised], 1), rel=1e-4)
+
+
+def test_sima_is_the_size_of_one_prediction():
+    images = pictures()
+    found = sima(probe(images, lambda x, t, c: GAIN * x + t[:, None, None, None]), 3)
+    assert found == pytest.approx(-np.linalg.norm(GAIN * pixels(images) + 3, 4, axis=1), rel=1e-5)
+
+
+def test_the_grid_weighs_every_timestep_alike():
+    losses = np.array([[1.0, 100.0], [3.0, 300.0], [2.0, 200.0], [2.0, 200.0]])
+    assert standardised(losses) == pytest.approx(np.array([2, -2, 0, 0]) / np.sqrt(2))
+    assert standardised(np.ones((3, 2))).tolist() == [0, 0, 0]
+
+
+# --- captions
+
+
+def test_captions_are_clipped_from_the_end():
+    assert [reduced("a b c d e f g h", share) for share in (0.75, 0.5, 0.25, 0)] == [
+        "a b c d e f",
+        "a b c d",
+        "a b",
+        "",
+    ]
+    assert reduced("", 0.5) == ""
+
+
+def test_clid_is_what_the_caption_saves():
+    """A network that predicts the constant number of words: losses by hand, under the same noise."""
+    images, captions = pictures(6), ["", "a", "a b", "a b c d", "a b c d e f g h", "x y z u"]
+    asking = probe(images, lambda x, t, c: c["value"][:, None, None, None].expand_as(x) / 4, captions)
+    asking.denoiser.condition = lambda values: {"value": torch.tensor([float(len(value.split())) for value in values])}
+    own, discrepancy = [], []
+    for row, caption in enumerate(captions):
+        noises = [
+            torch.randn((1, 4, 4), generator=generator(5, "attack/noise", t, 0, 0, 10 + row)) for t in (44, 45, 46)
+        ]
+        words = len(caption.split())
+        losses = {k: np.mean([float((k / 4 - noise).square().mean()) for noise in noises]) for k in range(9)}
+        own.append(losses[words])
+        fewer = [int(words * share) for share in (0.75, 0.5, 0.25, 0)]
+        discrepancy.append(np.mean([losses[k] for k in fewer]) - losses[words])
+    assert clid(asking) == pytest.approx(mixed(np.array(discrepancy), np.array(own)), rel=1e-4)
+
+
+def test_the_mix_of_clid_is_robust_and_has_the_right_signs():
+    discrepancy, loss = np.array([0.0, 1, 2, 3, 1000]), np.array([0.4, 0.3, 0.2, 0.1, -5])
+    assert mixed(discrepancy, loss)[:4] == pytest.approx([-1.0, -0.5, 0.0, 0.5])
+    assert mixed(np.zeros(3), np.zeros(3)).tolist() == [0, 0, 0]
