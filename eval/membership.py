@@ -1,0 +1,199 @@
+"""Membership inference: which pictures a model was trained on, by attacks with access to its weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from defenses.errors import UserError
+from defenses.references import Rows
+from eval.clid import KEPT, MIX, PLACES, clid
+from eval.entries import Scores, curves, entries, risks
+from eval.exchangeable import blind_check
+from eval.gradients import equally_spaced, gradient_features
+from eval.members import candidates, conditions
+from eval.scores import Probe, loss_values, pia, secmi, sima, standardised
+from eval.suite import Finding, Scene
+
+ATTACKS = (
+    "loss", "loss-strong", "loss-grid", "secmi", "pia", "pian", "sima", "gsa-norm", "clid", "loss-strong-null",
+)  # fmt: skip
+CAPTIONED = ("clid", "loss-strong-null")  # for models with captions alone
+PLACE = 0.1  # of the schedule, where a single loss tells most (Carlini et al. 2023, section 5.2: t = 100 of 1000)
+PIA_PLACE, PIA_PLACE_LATENT = 0.2, 0.5  # Kong et al. 2023: t = 200 for DDPM, 500 for Stable Diffusion
+SECMI_STEP = 0.01  # of the schedule
+
+
+@dataclass(kw_only=True)
+class MembershipConfig:
+    """Section ``attack.membership``."""
+
+    attacks: list[str] | None = None  # names; null: all that apply to the model
+    records: int = 1000  # distinct pictures of either side at most, drawn at random, patients whole
+    # of the noise, for loss-strong; the paper takes 20, which costs 40 passes a record with flips
+    draws: int = 4
+    flips: bool = True  # loss-strong also asks about the mirror image, as for models trained with mirrored pictures
+    # places of the schedule for loss-grid and the set test, in [0, 1)
+    grid: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+    gradient_timesteps: int = 3  # for gsa-norm, equally spaced; each costs three passes
+    batch_size: int = 64  # images in one pass of the network
+
+    def __post_init__(self):
+        unknown = sorted(set(self.attacks or ()) - set(ATTACKS))
+        if unknown or self.attacks == []:
+            what = f"knows no {unknown[0]}" if unknown else "is empty"
+            raise UserError("attack.membership.attacks", what, f"choose from {', '.join(ATTACKS)}, or null for all")
+        for key in ("records", "draws", "gradient_timesteps", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"attack.membership.{key}", f"{getattr(self, key)} is less than 1", "raise it")
+        if not self.grid or not all(0 <= place < 1 for place in self.grid):
+            raise UserError("attack.membership.grid", f"{self.grid}", "give places in [0, 1), e.g. [0.1,0.5]")
+
+    def chosen(self, kind: str) -> list[str]:
+        """Attacks that apply to a model of this kind, in the order of ATTACKS."""
+        return [
+            name
+            for name in ATTACKS
+            if (self.attacks is None or name in self.attacks) and (kind == "caption" or name not in CAPTIONED)
+        ]
+
+
+def check(config: SimpleNamespace) -> None:
+    """Refuses the attack where it is known beforehand that there are no non-members.
+
+    Raises:
+        UserError: attack.membership.
+    """
+    data = config.data
+    none = data.heldout_source is None and data.split_key is None
+    if none and (data.phantom.heldout if data.source == "phantom" else data.heldout_fraction) == 0:
+        key = "data.phantom.heldout" if data.source == "phantom" else "data.heldout_fraction"
+        raise UserError(
+            "attack.membership", "needs pictures that the model never saw", f"raise {key}, or set it to null"
+        )
+
+
+def run(scene: Scene) -> Finding | None:
+    """Scores members and non-members by every attack, on all ranks; each returns the same.
+
+    Returns:
+        ``report``: `entries` of every attack, or None where one side is empty; ``beside``: the i.i.d. check; ``tables``:
+        membership.csv and roc.csv. None without white-box access.
+    """
+    if scene.denoiser is None:
+        return None
+    settings, seed, dataset = scene.config.attack.membership, scene.config.run.seed, scene.target.dataset
+    who = candidates(dataset, settings.records, seed)
+    images = Rows(dataset.images, who.rows)
+    found = blind_check(images, who, scene.config.data.exchangeable(), seed, scene.accelerator)
+    if who.member.all() or not who.member.any():
+        side = "held-out" if who.member.all() else "training"
+        return Finding(None, beside={"membership_check": found | {"note": f"there are no {side} pictures"}})
+    told = conditions(scene.denoiser, who.records)
+    probe = Probe(scene.denoiser, images, told, who.rows, seed, scene.accelerator, settings.batch_size)
+    measured = measure(probe, settings)
+    return Finding(
+        report=[entry for scores in measured for entry in entries(scores, who)],
+        tables={"membership.csv": risks(measured, who), "roc.csv": curves(measured, who)},
+        beside={"membership_check": found},
+    )
+
+
+def measure(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    """Scores of all chosen attacks, in the order of ATTACKS."""
+    chosen = settings.chosen(probe.denoiser.kind)
+    found: dict[str, Scores] = {}
+    works = [work for names, work in FAMILIES if set(names) & set(chosen)]
+    for work in tqdm(works, desc="membership", disable=not probe.accelerator.is_main_process):
+        found |= {scores.attack: scores for scores in work(probe, settings)}
+    for scores in found.values():
+        scores.settings |= {"condition": "none" if probe.denoiser.kind == "none" else "own"} | scores.settings
+    return [found[name] for name in chosen]
+
+
+def _losses(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    """One draw as the plain threshold attack, and the mean over draws and views (Carlini et al. 2023, section 5.2)."""
+    losses, facts = _at_place(probe, settings)
+    single = {"timesteps": facts["timesteps"], "draws": 1, "views": 1}
+    return [
+        Scores("loss", -losses[:, 0, 0], 1, single),
+        Scores("loss-strong", -losses.mean((1, 2)), losses[0].size, facts),
+    ]
+
+
+def _null(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    """The same mean under the empty caption: what can be told without knowing a picture's caption."""
+    unaware = Probe(**vars(probe) | {"conditions": [""] * len(probe.rows)})
+    losses, facts = _at_place(unaware, settings)
+    return [Scores("loss-strong-null", -losses.mean((1, 2)), losses[0].size, facts | {"condition": "null"})]
+
+
+def _at_place(probe: Probe, settings: MembershipConfig) -> tuple[np.ndarray, dict[str, Any]]:
+    """Losses float64 [N, draws, views] at PLACE, and the settings that gave them."""
+    timesteps = [probe.denoiser.timestep(PLACE)]
+    losses = _ask(probe, timesteps, settings.draws, settings.flips)[:, 0]
+    return losses, {"timesteps": timesteps, "draws": settings.draws, "views": losses.shape[2]}
+
+
+def _ask(probe: Probe, timesteps: list[int], draws: int, flips: bool) -> np.ndarray:
+    return loss_values(
+        probe.denoiser, probe.images, probe.conditions, probe.rows, timesteps=timesteps, draws=draws, flips=flips,
+        seed=probe.seed, accelerator=probe.accelerator, batch=probe.batch,
+    )  # fmt: skip
+
+
+def _grid(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    timesteps = [probe.denoiser.timestep(place) for place in settings.grid]
+    losses = _ask(probe, timesteps, 1, False)[:, :, 0, 0]
+    facts = {"timesteps": timesteps, "draws": 1, "views": 1, "scaled": "over members and non-members together"}
+    return [Scores("loss-grid", standardised(losses), len(timesteps), facts)]
+
+
+def _secmi(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    step = max(1, probe.denoiser.timestep(SECMI_STEP))
+    steps = max(1, round(PLACE / SECMI_STEP))
+    return [Scores("secmi", secmi(probe, steps * step, step), steps + 2, {"t_sec": steps * step, "step": step})]
+
+
+def _pia(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    timestep = probe.denoiser.timestep(PIA_PLACE_LATENT if probe.denoiser.latent else PIA_PLACE)
+    both = pia(probe, timestep)
+    return [Scores(name, both[:, place], 2, {"t": timestep, "norm": 4}) for place, name in enumerate(("pia", "pian"))]
+
+
+def _sima(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    timestep = probe.denoiser.timestep(PLACE)
+    return [Scores("sima", sima(probe, timestep), 1, {"t": timestep, "norm": 4})]
+
+
+def _gradient(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    """Minus the norm of the gradient: at what the model was fitted to, the loss is flat."""
+    timesteps = equally_spaced(probe.denoiser.timesteps, settings.gradient_timesteps)
+    norms = gradient_features(
+        probe.denoiser, probe.images, probe.conditions, probe.rows,
+        timesteps=timesteps, seed=probe.seed, accelerator=probe.accelerator, batch=probe.batch,
+    )  # fmt: skip
+    facts = {"timesteps": timesteps, "draws": 1, "backward_passes": len(timesteps)}
+    return [Scores("gsa-norm", -np.sqrt((norms**2).sum(1)), len(timesteps), facts)]
+
+
+def _clid(probe: Probe, settings: MembershipConfig) -> list[Scores]:
+    timesteps = [probe.denoiser.timestep(place) for place in PLACES]
+    facts = {"timesteps": timesteps, "words_kept": list(KEPT), "mix": MIX}
+    return [Scores("clid", clid(probe), len(timesteps) * (1 + len(KEPT)), facts)]
+
+
+# the attacks that share passes of the network, and what computes them
+FAMILIES: tuple[tuple[tuple[str, ...], Callable[[Probe, MembershipConfig], list[Scores]]], ...] = (
+    (("loss", "loss-strong"), _losses),
+    (("loss-grid",), _grid),
+    (("secmi",), _secmi),
+    (("pia", "pian"), _pia),
+    (("sima",), _sima),
+    (("gsa-norm",), _gradient),
+    (("clid",), _clid),
+    (("loss-strong-null",), _null),
+)
