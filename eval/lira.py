@@ -5,13 +5,25 @@ Carlini et al. 2022 ("Membership inference attacks from first principles") for t
 mean over 20 draws of the noise and over the mirror image ("Strong LiRA").
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from defenses.errors import UserError
+from defenses.references import Rows
+from eval import gsa
+from eval.denoiser import Denoiser
+from eval.gradients import equally_spaced, gradient_features
+from eval.members import Candidates, conditions
+from eval.roc import paired_delong
+from eval.scores import loss_values
+from eval.shadows import train_shadows
+from eval.suite import Scene
 
+PLACE = 0.1  # of the timestep in the schedule: t = 100 of 1000
+GRADIENT_TIMESTEPS = 10
 FEWEST_FOR_OWN_VARIANCE = (
     64  # shadows; with fewer one variance for all records does better (Carlini et al. 2022, figure 9)
 )
@@ -39,6 +51,84 @@ class LiraConfig:
         """Whether every record has its own variance."""
         many = self.shadows >= FEWEST_FOR_OWN_VARIANCE
         return self.variance == "per-record" or (self.variance == "auto" and many)
+
+
+@dataclass
+class ShadowScores:
+    """What the attacks with shadow models say of every candidate.
+
+    Attributes:
+        scores: attack -> float64 [N], larger for a member: those of `scores`, and ``gsa``.
+        vs_loss: attack -> the paired test of its AUC against that of the loss threshold under the same draws and views
+            (`eval.roc.paired_delong`), with that attack's name (``loss`` or ``loss-strong``) under ``attack``.
+        settings: of all of them, JSON values.
+    """
+
+    scores: dict[str, np.ndarray]
+    vs_loss: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def shadow_attacks(
+    scene: Scene, denoiser: Denoiser, who: Candidates, config: LiraConfig, *, draws: int, flips: bool, batch: int
+) -> ShadowScores:
+    """Trains the shadows (`eval.shadows`) and asks them and the model about every candidate. All ranks.
+
+    Args:
+        denoiser: the attacked model.
+        draws, flips: of Strong LiRA.
+        batch: images in one pass of the network.
+
+    Raises:
+        UserError: the model was not trained here, or its shadows cannot be.
+    """
+    dataset, accelerator, seed = scene.target.dataset, scene.accelerator, scene.config.run.seed
+    shadows = train_shadows(config.shadows, scene.target, scene.config, accelerator)
+    asked = {"images": Rows(dataset.images, who.rows), "rows": who.rows, "seed": seed}
+    common = {"accelerator": accelerator, "batch": batch, **asked}
+    at = [denoiser.timestep(PLACE)]
+    spaced = equally_spaced(denoiser.timesteps, GRADIENT_TIMESTEPS)
+
+    def losses(model: Denoiser) -> np.ndarray:
+        known = conditions(model, who.records)
+        found = loss_values(model, conditions=known, timesteps=at, draws=draws, flips=flips, **common)
+        return found[:, 0]
+
+    def gradients(model: Denoiser) -> np.ndarray:
+        return gradient_features(model, conditions=conditions(model, who.records), timesteps=spaced, **common)
+
+    key = {"rows": hashlib.sha256(who.rows.tobytes()).hexdigest(), "seed": seed}
+    told = {"timesteps": at, "draws": draws, "flips": flips}
+    shape = dataset.images.shape[1:]
+    trained = shadows.trained[:, who.rows]
+    own, others = losses(denoiser), shadows.values("losses", key | told, losses, shape, accelerator)
+    found = scores(own, others, trained, config)
+    norms = shadows.values("gradients", key | {"timesteps": spaced}, gradients, shape, accelerator)
+    found["gsa"] = gsa.scores(gradients(denoiser), norms, trained)
+    settings = asdict(config) | {
+        "variance": "per-record" if config.own_variance else "global",
+        **told,
+        "gradient_timesteps": GRADIENT_TIMESTEPS,
+        "records_per_shadow": int(np.median(shadows.trained.sum(1))),
+        "records_of_run": len(dataset.rows("train")),
+        "train_seconds": shadows.seconds,
+    }
+    return ShadowScores(found, _against_loss(found, own, who), settings)
+
+
+def _against_loss(found: dict[str, np.ndarray], own: np.ndarray, who: Candidates) -> dict[str, dict[str, Any]]:
+    """Each attack against the threshold on what it was given: one loss, or the mean over draws and views."""
+    member, groups = who.member, None
+    if who.grouped:
+        groups = who.block[member], who.block[~member]
+    result = {}
+    for name, score in found.items():
+        threshold, loss = (
+            ("loss", own[:, 0, 0]) if name in ("lira", "lira-offline") else ("loss-strong", own.mean((1, 2)))
+        )
+        sides = score[member], score[~member], -loss[member], -loss[~member]
+        result[name] = {"attack": threshold, **paired_delong(*sides, groups)}
+    return result
 
 
 def scores(target: np.ndarray, shadows: np.ndarray, trained: np.ndarray, config: LiraConfig) -> dict[str, np.ndarray]:

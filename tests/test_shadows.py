@@ -60,11 +60,17 @@ def finished(trained_run):
 
 
 @pytest.fixture
-def fresh(trained_run, tmp_path):
-    """A copy of the run without shadows."""
+def copied(trained_run, tmp_path):
+    """Folder with a copy of the run without shadows."""
     shutil.copytree(trained_run[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "quickstart" / "shadows")
-    return run(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fresh(copied):
+    """The copy of the run, as `run` gives it."""
+    return run(copied)
 
 
 def test_every_record_is_in_exactly_half_of_any_even_number():
@@ -257,16 +263,15 @@ train_shadows(2, *run(Path(sys.argv[1])))
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_nothing(fresh, trained_run):
-    target, config, accelerator = fresh
+def test_a_killed_process_loses_nothing(copied, trained_run):
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", KILLED, config.run.output_dir]
+    command = [sys.executable, "-c", KILLED, str(copied)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=240)
-    assert done.returncode == -signal.SIGKILL
-    checkpoints = target.run.path / "shadows" / "00" / "checkpoints"
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    checkpoints = copied / "quickstart" / "shadows" / "00" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-2"]
-    same(weights(train_shadows(2, *fresh)), weights(trained_run[1]))
+    same(weights(train_shadows(2, *run(copied))), weights(trained_run[1]))
 
 
 @pytest.mark.slow
