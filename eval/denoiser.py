@@ -19,6 +19,7 @@ from train.gan import PIPELINE as GAN_PIPELINE
 from train.models import memory_format
 from train.stage import SIDECAR
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 Condition = dict[str, torch.Tensor]  # keyword arguments of the network, each [B, ...]; empty: unconditional
 
 
@@ -29,7 +30,7 @@ class Denoiser:
     Attributes:
         network: what is differentiated; frozen and in evaluation mode.
         alphas_cumprod: float32 [T]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
-        prediction: what the network returns: "epsilon", "v_prediction" or "sample".
+        prediction: what the network returns, one of PREDICTIONS.
         predict: (x_t [B, ...], timesteps int64 [B], condition) -> output of the network [B, ...].
         encode: uint8 [B, C, H, W] of the data -> x_0 [B, ...] in the model's own space: pixels in [-1, 1], or scaled latents.
         decode: x_0 -> images float32 [B, C, H, W] in [0, 1], of the data's shape.
@@ -96,22 +97,31 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Den
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
-    name = json.loads(index.read_text()).get("_class_name")
-    if name == GAN_PIPELINE:
-        raise _unknown(folder, "a GAN, which predicts no noise")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        name = json.loads(index.read_text()).get("_class_name")
+        if name == GAN_PIPELINE:
+            raise _unknown(folder, "a GAN, which predicts no noise")
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        )
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise UserError(
             "pipeline", f"{folder}: {reason}", "it must load with DiffusionPipeline.from_pretrained"
         ) from error
+    schedule = getattr(getattr(pipeline, "scheduler", None), "config", {})
+    if "beta_schedule" not in schedule or schedule.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise _unknown(folder, f"a {name} without a schedule of betas, or one that predicts neither noise, v nor image")
     network = getattr(pipeline, "unet", None)
     if isinstance(network, UNet2DModel) and not hasattr(pipeline, "vqvae"):
         sidecar = folder / SIDECAR
         classes = json.loads(sidecar.read_text()).get("classes") or () if sidecar.exists() else ()
         return of_network(network, pipeline.scheduler.config, shape, device, classes)
     if isinstance(network, UNet2DConditionModel) and hasattr(pipeline, "vae") and hasattr(pipeline, "encode_prompt"):
+        if network.config.in_channels != pipeline.vae.config.latent_channels:
+            raise _unknown(folder, f"a {name} whose network sees more than the latents (inpainting, upscaling)")
         return _text_to_image(pipeline, shape, device)
     raise _unknown(folder, f"a {name}")
 

@@ -3,12 +3,10 @@
 Early stopping only looks at checkpoints, an output filter only at generations: whoever kept the checkpoints need not train again.
 """
 
-import csv
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,21 +66,12 @@ def replayed(
     new = added(directory, config, target.defenses)
     if not new:
         return target
-    restore_kept(target.dataset, directory.manifest)
     begin(config, target.dataset, directory, accelerator, new)
     is_quiet(config, target.defenses)  # refuses to choose among checkpoints of a private run by looking at its records
     outcome = ask(new, target.defenses, directory, config, target.dataset, accelerator)
     facts = on_main(accelerator, lambda: write_model(directory, output, config, new, outcome))
     target.pipeline, target.facts = output.model, facts
     return target
-
-
-def restore_kept(dataset: Dataset, manifest: Path) -> None:
-    """Takes out what the defenses of the run took out before training."""
-    with manifest.open(newline="") as file:
-        kept = {row["record_id"]: row["kept"] == "true" for row in csv.DictReader(file)}
-    for record in dataset.records:
-        record.kept = kept[record.record_id]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Membership scores of single records, float64 [N] each, larger for what was trained on; and the losses that they rest on."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,3 +136,82 @@ def error(chunk: Chunk, x: torch.Tensor, timestep: int, noise: torch.Tensor) -> 
     noisy = chunk.denoiser.noised(x, noise, timesteps)
     predicted = chunk.denoiser.epsilon(noisy, timesteps, chunk.condition)
     return (predicted - noise).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def secmi(probe: Probe, t_sec: int, step: int) -> np.ndarray:
+    """SecMI-stat: minus the t-error of a deterministic trip, mean over dimensions (Duan et al. 2023, section 3.3).
+
+    DDIM inversion leads from x_0 to t_sec in steps of ``step``; from there one step on and one step back. What the model knows
+    comes back nearer. (The authors' program ends one step before t_sec, at 90 for 100.)
+
+    Args:
+        t_sec: timestep of the comparison, a multiple of ``step``.
+        step: of the inversion, in timesteps; t_sec + step must lie in the schedule.
+    """
+
+    def measure(chunk: Chunk) -> torch.Tensor:
+        x = chunk.clean()
+        for timestep in range(0, t_sec, step):
+            x = _ddim(chunk, x, timestep, timestep + step)
+        back = _ddim(chunk, _ddim(chunk, x, t_sec, t_sec + step), t_sec + step, t_sec)
+        return -(back - x).square().flatten(1).mean(1)
+
+    return probe.collect(measure)
+
+
+def _ddim(chunk: Chunk, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """One deterministic step in either direction (Song et al. 2021, Eq. 12 with sigma 0)."""
+    epsilon = chunk.denoiser.epsilon(x, chunk.at(start), chunk.condition)
+    return chunk.denoiser.noised(chunk.denoiser.clean(x, epsilon, chunk.at(start)), epsilon, chunk.at(end))
+
+
+@torch.no_grad()
+def pia(probe: Probe, timestep: int, norm: float = 4.0) -> np.ndarray:
+    """PIA and PIAN, float64 [N, 2] (Kong et al. 2024, section 3): minus the l_p distance of two predictions.
+
+    The noise predicted in x_0 at t = 0 stands in for the true noise: x_0 is noised with it to ``timestep``, and the noise
+    predicted there is compared with it. PIAN first rescales it to the mean absolute value of a normal variable, sqrt(2 / pi).
+    """
+
+    def measure(chunk: Chunk) -> torch.Tensor:
+        x = chunk.clean()
+        first = chunk.denoiser.epsilon(x, chunk.at(0), chunk.condition)
+        size = first.abs().flatten(1).mean(1).clamp_min(1e-12).reshape(-1, *[1] * (x.ndim - 1))
+        found = []
+        for noise in (first, first * math.sqrt(2 / math.pi) / size):
+            noisy = chunk.denoiser.noised(x, noise, chunk.at(timestep))
+            found.append(-_norm(chunk.denoiser.epsilon(noisy, chunk.at(timestep), chunk.condition) - noise, norm))
+        return torch.stack(found, 1)
+
+    return probe.collect(measure)
+
+
+@torch.no_grad()
+def sima(probe: Probe, timestep: int, norm: float = 4.0) -> np.ndarray:
+    """SimA: minus the l_p norm of the noise predicted in the picture itself, which holds none (Rao et al. 2025).
+
+    The prediction points from the picture to the mean of the training pictures near it; for one of them that is itself.
+    """
+
+    def measure(chunk: Chunk) -> torch.Tensor:
+        return -_norm(chunk.denoiser.epsilon(chunk.clean(), chunk.at(timestep), chunk.condition), norm)
+
+    return probe.collect(measure)
+
+
+def _norm(x: torch.Tensor, order: float) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), order, dim=1)
+
+
+def standardised(losses: np.ndarray) -> np.ndarray:
+    """Minus the mean over columns of losses in standard deviations of all records, float64 [N].
+
+    Losses of different timesteps differ by orders of magnitude. Centre and spread are those of members and non-members
+    together, so one affine map is applied to all records and no label is used: whoever holds candidates can do the same.
+
+    Args:
+        losses: float64 [N, T].
+    """
+    spread = losses.std(0)
+    return -((losses - losses.mean(0)) / np.where(spread > 0, spread, 1.0)).mean(1)

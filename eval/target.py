@@ -64,7 +64,16 @@ def target_of(directory: RunDirectory, output: RunDirectory, config: SimpleNames
         if defense.name in facts["defense_states"]:
             defense.load_state_dict(facts["defense_states"][defense.name])
     dataset = Dataset.load(directory.prepared)
+    restore_kept(dataset, directory.manifest)
     return Target(output, dataset, directory.model, output.generations, facts, defenses, removed, directory)
+
+
+def restore_kept(dataset: Dataset, manifest: Path) -> None:
+    """Takes out what the defenses of the run took out before training."""
+    with manifest.open(newline="") as file:
+        kept = {row["record_id"]: row["kept"] == "true" for row in csv.DictReader(file)}
+    for record in dataset.records:
+        record.kept = kept[record.record_id]
 
 
 def sampling_context(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> SamplingContext:

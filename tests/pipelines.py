@@ -1,0 +1,88 @@
+"""Pipelines in diffusers' format with random weights, small enough to build in a test; no file is downloaded."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WORDS = ("a", "chest", "x", "ray", "of", "patient", "left", "right", "lung", "clear")
+WIDTH = 16  # of the text encoder
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Knows WORDS; any other word is the unknown token."""
+    letters = sorted({letter for word in WORDS for letter in word})
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = [parts[0] + parts[1], *parts[2:]]
+            tokens.append(parts[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=16)
+
+
+def text_encoder(words: CLIPTokenizer, projection: bool = False) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=8, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+        scaling_factor=0.3, shift_factor=None,
+    )  # fmt: skip
+
+
+def network(channels: int = 4, **options) -> UNet2DConditionModel:
+    settings = {
+        "sample_size": 8, "in_channels": channels, "out_channels": 4, "block_out_channels": (8, 16),
+        "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": WIDTH,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    return UNet2DConditionModel(**settings | options)
+
+
+def stable_diffusion(folder: Path, prediction: str = "epsilon", channels: int = 4) -> StableDiffusionPipeline:
+    """Like Stable Diffusion 1.x (epsilon) and 2.x (v_prediction): latents of 4 x 8 x 8 of 16 px RGB pictures."""
+    words = tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words, unet=network(channels),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return pipeline
+
+
+def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
+    """Like Stable Diffusion XL: two text encoders, their pooled embedding and sizes as further conditions."""
+    words = tokenizer()
+    unet = network(
+        cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(words), text_encoder_2=text_encoder(words, projection=True),
+        tokenizer=words, tokenizer_2=tokenizer(), unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"), add_watermarker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return pipeline
