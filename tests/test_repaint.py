@@ -22,7 +22,12 @@ def fills(levels: list[int], count: int, known=(9.0, 9.0, *KNOWN), timesteps: in
     model = ideal.denoiser(ideal.gaussian(MEAN, COVARIANCE), latent=True, timesteps=timesteps)
     picture = torch.tensor(known, dtype=torch.float32).reshape(1, 1, 4)
     generators = [generator(1, "test", index) for index in range(count)]
-    return repaint(model, picture, torch.from_numpy(HIDDEN)[None], {}, levels, generators).reshape(count, 4).double().numpy()
+    return (
+        repaint(model, picture, torch.from_numpy(HIDDEN)[None], {}, levels, generators)
+        .reshape(count, 4)
+        .double()
+        .numpy()
+    )
 
 
 def law(levels: list[int], timesteps: int = 1000) -> tuple[np.ndarray, np.ndarray]:
