@@ -60,10 +60,15 @@ def candidates(dataset: Dataset, most: int | None, seed: int) -> Candidates:
     return Candidates(rows, np.arange(len(rows)) < len(sides[0]), block, records)
 
 
+def distinct(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """The first row of each picture, ascending, int64."""
+    pictures = np.array([dataset.records[row].cluster for row in rows], dtype=np.int64)
+    return rows[np.sort(np.unique(pictures, return_index=True)[1])]
+
+
 def _drawn(dataset: Dataset, rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     """The first row of each picture, ascending; at most ``most``."""
-    pictures = np.array([dataset.records[row].cluster for row in rows], dtype=np.int64)
-    first = rows[np.sort(np.unique(pictures, return_index=True)[1])]
+    first = distinct(dataset, rows)
     if most is None or len(first) <= most:
         return first
     block = np.array([dataset.records[row].block for row in first], dtype=np.int64)
