@@ -1,0 +1,147 @@
+"""SSCD, the copy detector of Pizzi et al. (2022), from a local weights file that is never executed."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from defenses.errors import UserError
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor, _is_torchscript, verified_bytes
+
+SIDE = 288  # pixels of the shorter side, as published for inference
+DIMENSIONS = 512
+_KEY = "attack.copy_metrics.sscd_weights"
+_REMEDY = "give sscd_disc_mixup.torchvision.pt, sscd_disc_mixup.classy.pt, or their tensors as .safetensors"
+_COUNTER = "num_batches_tracked"  # of batch normalisation; plays no part in inference and may be missing
+# Classy Vision's names of a bottleneck's layers, and torchvision's
+_LAYERS = {
+    "convolutional_block.0": "conv1",
+    "convolutional_block.1": "bn1",
+    "convolutional_block.3": "conv2",
+    "convolutional_block.4": "bn2",
+    "convolutional_block.6": "conv3",
+    "bn": "bn3",
+    "downsample.0": "downsample.0",
+    "downsample.1": "downsample.1",
+}
+_OUTSIDE = {
+    "backbone.initial_block._module.0": "backbone.conv1",
+    "backbone.initial_block._module.1": "backbone.bn1",
+    "embeddings.1": "backbone.fc",
+}
+
+
+class GeM(nn.Module):
+    """Generalized mean over all positions with p = 3, [B, C, H, W] -> [B, C] (Radenović et al. 2018, Eq. 3)."""
+
+    POWER, FLOOR = 3.0, 1e-6  # the published weights were trained with this floor under the activations
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps.flatten(2).clamp(min=self.FLOOR).pow(self.POWER).mean(2).pow(1 / self.POWER)
+
+
+class Sscd(nn.Module):
+    """ResNet-50, GeM pooling, a linear layer to 512 dimensions, l2 normalisation (Pizzi et al. 2022, section 4)."""
+
+    def __init__(self) -> None:
+        from torchvision.models import resnet50
+
+        super().__init__()
+        self.backbone = resnet50(weights=None, num_classes=DIMENSIONS)
+        self.backbone.avgpool = GeM()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 1 or 3, H, W] -> descriptors of length 1, float32 [B, 512]; their dot product is the similarity."""
+        height, width = images.shape[-2:]
+        size = [SIDE * side // min(height, width) for side in (height, width)]
+        x = F.interpolate(images.float() / 255, size=size, mode="bilinear", antialias=True)
+        return F.normalize(self.backbone((x.expand(-1, 3, -1, -1) - self.mean) / self.std))
+
+
+def load_sscd(weights: str | None, weights_sha256: str | None, device: torch.device | str) -> FeatureExtractor:
+    """SSCD's descriptors as a feature extractor: uint8 [N, 1 or 3, H, W] -> float32 [N, 512] of length 1.
+
+    Args:
+        weights: local file with the tensors of `Sscd`, under torchvision's or Classy Vision's names: ``.safetensors``,
+            or a state dict that `torch.save` wrote.
+        weights_sha256: what the file must hash to, in hex.
+
+    Raises:
+        UserError: no file, another hash, a TorchScript archive, pickled code, or weights of another network.
+    """
+    state = _state(_content(weights, weights_sha256), Path(str(weights)).suffix)
+    network = Sscd()
+    _refuse_misfit(state, {name: value for name, value in network.state_dict().items() if not name.endswith(_COUNTER)})
+    network.load_state_dict(state, strict=False)  # all but the counters
+    network.to(device).eval()
+
+    @torch.no_grad()
+    def extract(images: np.ndarray) -> np.ndarray:
+        return network(torch.from_numpy(np.array(images)).to(device)).cpu().numpy()
+
+    return extract
+
+
+def _content(weights: str | None, weights_sha256: str | None) -> bytes:
+    """`verified_bytes`, with errors that name this section's keys."""
+    try:
+        return verified_bytes(weights, weights_sha256)
+    except UserError as error:
+        key, remedy = (
+            text.replace("utility.weights", _KEY).replace("utility.features=random-conv", f"{_KEY}=null")
+            for text in (error.key, error.remedy)
+        )
+        raise UserError(key, error.problem, remedy) from error
+
+
+def _state(content: bytes, suffix: str) -> dict[str, torch.Tensor]:
+    """The tensors in the file under torchvision's names, without counters; nothing in it is executed."""
+    if _is_torchscript(content):
+        raise UserError(_KEY, "is a TorchScript archive, which runs code", _REMEDY)
+    try:
+        state = _tensors(content, suffix)
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        raise UserError(_KEY, "is not a plain state dict of tensors", _REMEDY) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(_KEY, "is not a plain state dict of tensors", _REMEDY)
+    return {_torchvision_name(str(name)): value for name, value in state.items() if not str(name).endswith(_COUNTER)}
+
+
+def _tensors(content: bytes, suffix: str) -> Any:
+    if suffix == ".safetensors":
+        from safetensors.torch import load
+
+        return load(content)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _torchvision_name(name: str) -> str:
+    """Torchvision's name of a tensor of the published model; any other name as it is."""
+    layer, _, tensor = name.rpartition(".")
+    block = re.fullmatch(r"backbone\.blocks\.(\d)\.block\1-(\d)\.(.+)", layer)
+    if block and block[3] in _LAYERS:
+        return f"backbone.layer{int(block[1]) + 1}.{block[2]}.{_LAYERS[block[3]]}.{tensor}"
+    return f"{_OUTSIDE.get(layer, layer)}.{tensor}"
+
+
+def _refuse_misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Refuses missing, left over, misshapen and non-finite tensors."""
+    wrong = sorted(
+        name
+        for name in state.keys() | wanted.keys()
+        if name not in state or name not in wanted or state[name].shape != wanted[name].shape
+    )
+    if wrong:
+        problem = (
+            f"does not fit SSCD's ResNet-50: {len(wrong)} tensors are missing, left over or misshapen, as {wrong[0]}"
+        )
+        raise UserError(_KEY, problem, _REMEDY)
+    if not all(value.isfinite().all() for value in state.values()):
+        raise UserError(_KEY, "holds numbers that are not finite", "fetch the file again")
