@@ -6,7 +6,7 @@ The training loop never names a defense.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,9 @@ class RunContext:
         nonprivate_metrics: whether the user wants losses and held-out metrics even where a defense is `private`.
         folder: run directory, for records of the defense's own.
         accelerator: Accelerate's `Accelerator`: rank, device, collectives.
+        planted: rows of the canaries that are trained on beside the pool's, int64, ascending; each is a record of its own, and
+            those of one ``pool.group`` are a group.
+        left_out: canaries, of one record each, that a coin kept out of training. Nothing about the run may depend on how many.
     """
 
     pool: Pool
@@ -64,6 +67,8 @@ class RunContext:
     nonprivate_metrics: bool
     folder: Path
     accelerator: Any
+    planted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

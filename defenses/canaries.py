@@ -1,4 +1,4 @@
-"""Canaries of an audit: training units of which each is left out by a fair coin, so that guesses of the coins can be counted.
+"""Canaries of an audit: units of which each is left out of training by a fair coin, so that guesses of the coins can be counted.
 
 Steinke, Nasr and Jagielski 2023 ("Privacy auditing with one (1) training run"). The audit is valid when the coins are
 fair, independent of each other and of everything else in training; they need not be secret. So they are functions of
@@ -17,7 +17,7 @@ from defenses.errors import UserError
 from defenses.seeding import derive
 
 FILE = Path("audit", "canaries.csv")  # in the run directory: for its holder, never in model/
-LEFT_OUT = "audit: left out"  # reason of a removal
+LEFT_OUT = "left out by coin"  # reason of a removal
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,15 @@ class Canary:
     record_id: str
     unit: str
     included: bool
+
+
+def included(seed: int, unit: str) -> bool:
+    """The fair coin of one unit: whether it is trained on.
+
+    Args:
+        seed: ``run.seed``.
+    """
+    return bool(derive(seed, "canary-included", unit) & 1)
 
 
 def choose(units: Iterable[str], expected: int, population: int, seed: int) -> dict[str, bool]:
@@ -51,11 +60,7 @@ def choose(units: Iterable[str], expected: int, population: int, seed: int) -> d
             "defenses.dpsgd.canaries", f"{expected} is more than {population} units", f"at most {population}"
         )
     limit = expected * 2**63 // population
-    return {
-        unit: bool(derive(seed, "canary-included", unit) & 1)
-        for unit in dict.fromkeys(units)
-        if derive(seed, "canary", unit) < limit
-    }
+    return {unit: included(seed, unit) for unit in dict.fromkeys(units) if derive(seed, "canary", unit) < limit}
 
 
 def draw(pool: Pool, names: Sequence[str | None], expected: int, population: int | None) -> list[Canary]:

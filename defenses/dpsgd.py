@@ -105,7 +105,7 @@ class DPSGD(Defense):
         self._units = self._members(context)
         # canaries that are left out count: else sampling probability and noise would depend on their coins
         left_out = on_main(context.accelerator, lambda: canaries.settle(context.folder, self._canaries))
-        self._count += len(left_out)
+        self._count += len(left_out) + context.left_out
         if config.units is not None and self._count > config.units:
             raise UserError(
                 "defenses.dpsgd.units",
@@ -134,14 +134,13 @@ class DPSGD(Defense):
 
     def _members(self, context: RunContext) -> list[np.ndarray]:
         """Rows of everything that is drawn and clipped as one."""
-        config, rows = self.config, context.pool.rows
+        config, pool = self.config, context.pool
+        rows = np.sort(np.concatenate([pool.rows, context.planted]))
         self._count = len(rows)
-        groups: dict[str, list[int]] = {}
-        for row in rows.tolist():
-            group = context.pool.group[row]
-            if group is not None:
-                groups.setdefault(group, []).append(row)
-        self._largest_group = max((len(members) for members in groups.values()), default=0)
+        self._largest_group = max(
+            map(len, _groups(pool, pool.rows).values()), default=0
+        )  # of people: canaries are none
+        groups = _groups(pool, rows)
         if config.unit == "record":
             return [np.array([row]) for row in rows.tolist()]
         without = len(rows) - sum(map(len, groups.values()))
@@ -245,7 +244,7 @@ class DPSGD(Defense):
 
     def gradient_rule(self) -> GradientRule:
         config, precision, mechanism = self.config, self._context.precision, self.mechanism
-        unit_of_row = np.full(int(self._context.pool.rows.max()) + 1, -1, dtype=np.int64)
+        unit_of_row = np.full(max(int(unit.max()) for unit in self._units) + 1, -1, dtype=np.int64)
         for index, unit in enumerate(self._units):
             unit_of_row[unit] = index
         return NoisyClippedSum(
@@ -317,3 +316,12 @@ class DPSGD(Defense):
     def _drawn(self) -> str:
         """What is sampled and clipped by itself."""
         return "record" if self.config.group_sampling == "records" else self.config.unit
+
+
+def _groups(pool: Pool, rows: np.ndarray) -> dict[str, list[int]]:
+    """Rows of every group; those without one are left out."""
+    groups: dict[str, list[int]] = {}
+    for row in rows.tolist():
+        if pool.group[row] is not None:
+            groups.setdefault(pool.group[row], []).append(row)
+    return groups

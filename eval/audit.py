@@ -184,17 +184,18 @@ def audit_run(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerat
     return RunAudit(summary(np.array(list(scores.values())), coins, claim), lines)
 
 
-def summary(scores: np.ndarray, included: np.ndarray, claim: dict[str, Any]) -> dict[str, Any]:
+def summary(scores: np.ndarray, included: np.ndarray, claim: dict[str, Any], kind: str = KIND) -> dict[str, Any]:
     """``privacy.audit`` of report.json.
 
     Args:
+        kind: of audit, in words.
         claim: of the defense; its ``epsilon`` may be None (NOT PRIVATE).
     """
     delta, count = claim.get("delta") or 0.0, len(scores)
     found = one_run_lower_bound(scores, included, delta) if count >= 2 else None
     highest = ceiling(count, delta) if count >= 2 else None
     return {
-        "kind": KIND,
+        "kind": kind,
         "epsilon_lower_bound": found.epsilon if found else None,
         "confidence": CONFIDENCE,
         "canaries": count,

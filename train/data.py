@@ -19,50 +19,14 @@ from defenses.errors import UserError
 from defenses.ranks import together
 from train.dataconfig import DataConfig
 from train.files import atomic, write_json
+from train.planting import plant
+from train.record import Record
 from train.shards import Outcome, decode_shard, make_folder, merge_shards
 from train.sources import Item, open_source
 from train.splits import blocks, refuse_straddling, renumber, sides
 
 HELDOUT_PREFIX = "heldout:"
 NOT_IN_DIGEST = ("source", "heldout_source", "heldout_exchangeable", "restricted")  # do not change what is prepared
-
-
-@dataclass
-class Record:
-    """One picture that was found, used or not; a row of the manifest.
-
-    Attributes:
-        record_id: first 12 hex digits of the SHA-256 of ``source`` (more if two records agree in them).
-        source: path relative to ``data.source`` or number of the row; those of ``data.heldout_source`` begin with
-            ``heldout:``.
-        sha256: of the file's bytes; "" if they could not be read.
-        pixel_hash: of the decoded pixels at their original size; "" if rejected.
-        group: salted hash of the group (patient); equal means the same group; None: no group.
-        split: ``train``, ``calibration``, ``heldout``, or "" if rejected.
-        cluster: number of the picture; exact and near copies share it; -1 if rejected.
-        copies: records of the cluster in this record's split, before any defense; 0 if rejected.
-        block: number of the block (`train.splits`); -1 if rejected.
-        kept: still used; a defense may take a training record out.
-        reason: why it was rejected or taken out, else "".
-        duplicate_of: record_id of the record that was kept in its place, else "".
-        distance: to that record, as the defense that removed it measures it (dedup: standard deviations of the picture).
-    """
-
-    record_id: str
-    source: str
-    sha256: str = ""
-    pixel_hash: str = ""
-    group: str | None = None
-    caption: str | None = None
-    label: str | None = None
-    split: str = ""
-    cluster: int = -1
-    copies: int = 0
-    block: int = -1
-    kept: bool = False
-    reason: str = ""
-    duplicate_of: str = ""
-    distance: float | None = None
 
 
 @dataclass
@@ -81,7 +45,8 @@ class Dataset:
     notes: dict[str, int] = field(default_factory=dict)
 
     def rows(self, split: str, kept: bool | None = None) -> np.ndarray:
-        """Ascending rows of a split, int64; ``kept`` restricts them to records that are (not) kept."""
+        """Ascending rows of a split, int64; ``kept`` restricts them to records that are (not) kept. Canaries, trained on or
+        not, are in no split but their own."""
         chosen = [
             row
             for row, record in enumerate(self.records)
@@ -109,6 +74,10 @@ def prepare(config: DataConfig, folder: Path, accelerator, all_train: bool = Fal
     Raises:
         UserError: on all ranks alike, for unusable sources, settings or splits, or if ``folder`` holds other data.
     """
+    if all_train and config.canaries is not None:
+        raise UserError(
+            "data.canaries", "are planted by the trainer, and this model is trained already", "set it to null"
+        )
     items, ignored = together(accelerator, lambda: _list_items(config, all_train))
     digest = _digest(config, items, all_train)
     if len(set(gather_object([digest]))) > 1:
@@ -125,6 +94,9 @@ def prepare(config: DataConfig, folder: Path, accelerator, all_train: bool = Fal
         records = _records(items, sorted(decoded, key=lambda each: each.index), salt)
         _check_usable(records, config)
         _divide(records, items, config, folder, all_train)
+        if config.canaries is not None:
+            plant(records, config, folder / "pixels.npy")
+            _rename(records)
         with atomic(folder / "records.jsonl") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
         # last, because it says that the rest is complete
@@ -167,6 +139,8 @@ def _digest(config: DataConfig, items: list[Item], all_train: bool) -> str:
     settings = {key: value for key, value in asdict(config).items() if key not in NOT_IN_DIGEST}
     if "phantom" not in (config.source, config.heldout_source):
         del settings["phantom"]
+    if config.canaries is None:
+        del settings["canaries"]
     digest = hashlib.sha256(json.dumps([settings, all_train], sort_keys=True).encode())
     for item in items:
         parts = (item.source, item.stamp, item.problem, item.caption, item.label, item.group, item.split)
@@ -200,6 +174,12 @@ def _record_ids(sources: list[str]) -> list[str]:
     digests = [hashlib.sha256(source.encode()).hexdigest() for source in sources]
     length = next(length for length in range(12, 65, 4) if len({digest[:length] for digest in digests}) == len(digests))
     return [digest[:length] for digest in digests]
+
+
+def _rename(records: list[Record]) -> None:
+    """Record ids once more, now that canaries are among the records."""
+    for record, record_id in zip(records, _record_ids([record.source for record in records]), strict=True):
+        record.record_id = record_id
 
 
 def _check_usable(records: list[Record], config: DataConfig) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from defenses.errors import UserError
+from train.canaryconfig import CanariesConfig
 from train.images import PILLOW_LIMIT
 from train.phantom import PhantomConfig
 
@@ -40,6 +41,7 @@ class DataConfig:
     on_bad_image: Literal["reject", "fail"] = "reject"  # list an unusable file in the manifest, or stop
     restricted: bool = False  # true: no training picture in reports, no upload
     phantom: PhantomConfig = field(default_factory=PhantomConfig)  # only for source=phantom
+    canaries: CanariesConfig | None = None  # pictures that the trainer plants to measure what is memorised; null: none
 
     def __post_init__(self) -> None:
         _check_range("data.image_size", self.image_size, 8, 4096)

@@ -20,7 +20,7 @@ from train.diffusion import autocast
 from train.loop import Trainer
 from train.manifest import summary
 from train.models import parameter_count
-from train.records import class_names, select_records
+from train.records import class_names, select_records, trained_rows
 from train.runlog import RunDirectory
 from train.stage import build_trainer
 
@@ -64,6 +64,9 @@ def describe_data(say: Callable[..., None], dataset: Dataset) -> None:
     say(f"split train {facts['train']}, calibration {facts['calibration']}, heldout {facts['heldout']}")
     say(f"distinct pictures in train {facts['clusters']}, units {facts['units']} ({facts['unit']}s)")
     say(f"kept for training {len(dataset.rows('train', kept=True))}")
+    if facts["canaries"] is not None:
+        say("canaries " + ", ".join(f"{name} {count}" for name, count in facts["canaries"].items()))
+        say(f"trained on, with canaries {len(trained_rows(dataset))}")
 
 
 def describe_training(

@@ -7,20 +7,23 @@ import torch
 from accelerate import Accelerator
 
 from defenses.base import Defense, Pool
+from defenses.canaries import LEFT_OUT, included
 from defenses.errors import UserError
 from defenses.ranks import on_main
 from train.data import Dataset
+from train.planting import SPLIT
 
 
 def select_records(
     config: SimpleNamespace, dataset: Dataset, defenses: list[Defense], accelerator: Accelerator
 ) -> None:
-    """Seam 1: lets every defense remove training records, and notes each removal in the record.
+    """Tosses the canaries' coins; then seam 1: lets every defense remove training records. Notes each removal in the record.
 
     Raises:
         UserError: nothing is left to train on, or a training record has no label for a class-conditional model.
     """
     class_names(dataset, config.data.label_key)
+    toss(dataset, config.run.seed)
     for defense in defenses:
         for removal in on_main(accelerator, lambda defense=defense: defense.select(pool_of(dataset, config.run.seed))):
             record = dataset.records[removal.row]
@@ -31,8 +34,20 @@ def select_records(
         raise UserError("defenses", "no training record is left", "loosen the defenses that remove records")
 
 
+def toss(dataset: Dataset, seed: int) -> None:
+    """Leaves out each canary whose coin, a function of ``run.seed`` and its name, says so."""
+    for record in dataset.records:
+        if record.canary == "coin" and not included(seed, record.source):
+            record.kept, record.reason = False, f"canary: {LEFT_OUT}"
+
+
+def trained_rows(dataset: Dataset) -> np.ndarray:
+    """Rows of all records that are trained on, canaries among them, ascending, int64."""
+    return np.sort(np.concatenate([dataset.rows(split, kept=True) for split in ("train", SPLIT)]))
+
+
 def pool_of(dataset: Dataset, seed: int) -> Pool:
-    """The kept training records as the defenses see them."""
+    """The kept training records, canaries apart, as the defenses see them."""
     records = dataset.records
     return Pool(
         images=dataset.images,

@@ -29,7 +29,8 @@ from train.models import memory_format, parameter_count
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import build_optimizer, build_schedule
 from train.plan import EpochPlan
-from train.records import class_frequency, class_names, labels_of, pool_of
+from train.planting import SPLIT as CANARY
+from train.records import class_frequency, class_names, labels_of, pool_of, trained_rows
 from train.runlog import RunDirectory
 from train.sampling import save_grid
 from train.state import TrainState, averaged_weights, released_model
@@ -87,7 +88,7 @@ def build_trainer(
 ) -> Trainer:
     """Wires model, optimizer, plan, seams and previews together."""
     settings = config.train
-    rows = dataset.rows("train", kept=True)
+    rows = trained_rows(dataset)
     if settings.batch_size < accelerator.num_processes * settings.accumulation:
         raise UserError(
             "train.batch_size",
@@ -185,6 +186,8 @@ def begin(
         nonprivate_metrics=config.report.nonprivate_metrics,
         folder=directory.path,
         accelerator=accelerator,
+        planted=dataset.rows(CANARY, kept=True),
+        left_out=sum(record.canary == "coin" and not record.kept for record in dataset.records),
     )
     for defense in defenses:
         defense.begin(context)
