@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from eval import claims, wording
+from eval.verdict import verdict
 
 UNCONDITIONAL = """import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -151,7 +152,7 @@ def _table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ("what", "value
 
 
 def _leakage(report: dict[str, Any], extraction: dict[str, Any] | None) -> str:
-    lines = [f"- {_text(sentence)}" for sentence in wording.verdict(report)["sentences"]]
+    lines = [f"- {_text(sentence)}" for sentence in verdict(report)["sentences"]]
     if extraction:
         lines.append(
             f"- Attack: {extraction['protocol']}, tier {extraction['tier']}, {extraction['generations']:,} generations"

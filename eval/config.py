@@ -7,8 +7,12 @@ from typing import Literal
 
 from defenses import registry
 from defenses.errors import UserError
+from eval.copymetrics import CopyMetricsConfig
+from eval.exposure import ExposureConfig
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
+from eval.inpainting import InpaintingConfig
+from eval.membership import MembershipConfig
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from train.diffusion import native_precision
@@ -41,6 +45,11 @@ class AttackConfig:
     """Section ``attack``: null switches an attack off; its part of the report is then null."""
 
     extraction: ExtractionConfig | None = field(default_factory=ExtractionConfig)
+    membership: MembershipConfig | None = None  # who can be recognised as trained on
+    inpainting: InpaintingConfig | None = None  # what half of a picture brings back of the other
+    # what is remembered of the pictures that data.canaries plants; without such pictures nothing
+    canaries: ExposureConfig | None = field(default_factory=ExposureConfig)
+    copy_metrics: CopyMetricsConfig | None = None  # other metrics of copying on the matches of the extraction attack
 
 
 SECTIONS: dict[str, type] = {

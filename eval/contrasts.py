@@ -25,7 +25,7 @@ from eval.pairedtests import (
     unit_differences,
 )
 from eval.tradeoff import front_with_marked
-from eval.wording import EVIDENCE_P
+from eval.verdict import EVIDENCE_P
 
 COMPARED = (*METRICS, "downstream.accuracy", "downstream.macro_auc")  # of ``utility``, against the reference
 # figure -> how many images it was computed from: its bias depends on that number

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 
 from defenses.errors import UserError
-from eval import claims, evidence, pages, plots, wording
+from eval import attackwords, claims, evidence, pages, plots, wording
 from eval.card import model_card
+from eval.verdict import verdict
 from train.files import atomic
 
 BUDGET_BYTES = 550_000  # of encoded pictures in the pairs, and again in the grid: the page stays below 2 MB
 VERIFY_L2 = 0.15  # of the prompted protocol (Carlini et al. 2023, section 4.2), where the report does not say
 
-NAMING = ("run.command", "data.source", "data.generations_rejected")  # fields that may hold names of files or people
+# fields that may hold names of files or people, or ids that are made from them
+NAMING = (
+    "run.command", "data.source", "data.generations_rejected", "privacy.inpainting.examples",
+    "privacy.copy_metrics.disagreements", "privacy.risk.top",
+)  # fmt: skip
+BULKY = ("privacy.inpainting.pairs",)  # left out of the list of all fields
 
 Images = Callable[[str], np.ndarray]  # record_id -> uint8 [C, H, W]
 
@@ -80,6 +86,8 @@ def render(
         histogram=plots.match_histogram(matches, verify_l2),
         copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
         memorisation=_memorisation(report),
+        roc_plot=plots.roc_curves(evidence.read_table(run_dir / "attack" / "roc.csv")),
+        reconstructions=_reconstructions(run_dir, report, None if restricted else images),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
         with atomic(run_dir / name) as file:
@@ -95,16 +103,21 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted
         "extraction": extraction,
         "pictures": pictures,
         "zero_hits": wording.zero_hits((extraction or {}).get("rate_ci95"), pictures),
-        "verdict": wording.verdict(report),
+        "verdict": verdict(report),
         "not_measured": wording.not_measured(report),
         "alarms": claims.alarms(report),
         "claims": claims.of_report(report),
         "audit": claims.audit((report["privacy"] or {}).get("audit")),
+        "recognised": attackwords.primary(report["privacy"] or {}),
+        "attack_names": attackwords.NAMES,
+        "metric_names": attackwords.METRICS,
         "distance_name": wording.distance_name(utility.get("features")),
         "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
         "settings": [(key, value) for key, value in settings if value is not None],  # None: not of this protocol
         "fields": [
-            (key, value) for key, value in wording.flatten(report) if not (restricted and key.startswith(NAMING))
+            (key, value)
+            for key, value in wording.flatten(report)
+            if not key.startswith(BULKY) and not (restricted and key.startswith(NAMING))
         ],
         "defenses": [_defense(entry) for entry in report.get("defenses") or []],
     }
@@ -133,6 +146,17 @@ def _memorisation(report: dict[str, Any]) -> plots.Themed | None:
     """The curve that early stopping watched; None without it."""
     found = next((e["findings"] for e in report.get("defenses") or [] if (e.get("findings") or {}).get("curve")), None)
     return plots.memorisation_curve(found["curve"], found["released_step"]) if found else None
+
+
+def _reconstructions(run_dir: Path, report: dict[str, Any], images: Images | None) -> list[dict[str, Any]]:
+    """Rows of ``privacy.inpainting.examples`` with the best fill and the picture as data URIs; none of restricted data."""
+    examples = ((report["privacy"] or {}).get("inpainting") or {}).get("examples") or []
+    if images is None:
+        return []
+    shown = [(row, evidence.read_image(run_dir / row["fill"])) for row in examples if row["fill"]]
+    shown = [(row, fill) for row, fill in shown if fill is not None]
+    pictures = evidence.encode([each for row, fill in shown for each in (fill, images(row["record_id"]))], BUDGET_BYTES)
+    return [row | {"fill": pictures[2 * i], "original": pictures[2 * i + 1]} for i, (row, _) in enumerate(shown)]
 
 
 def _cliques(run_dir: Path, restricted: bool, most: int = 50) -> list[dict[str, str]]:

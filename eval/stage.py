@@ -21,7 +21,9 @@ from eval.audit import RunAudit, audit_run
 from eval.extraction import Extraction
 from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
+from eval.parts import PARTS, run_parts, white_box
 from eval.report import render
+from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
@@ -57,6 +59,9 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    model = white_box(target.pipeline, config.attack, shape, accelerator.device)
+    found.parts = run_parts(Scene(target, config, accelerator, model, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
         found.utility = quality_of(images, target.dataset, config, accelerator)
         if found.utility is not None:
@@ -82,6 +87,7 @@ class Findings:
     unguarded: dict[str, Any] | None = None  # privacy.extraction of the same model without the defenses of seam 6
     audit: RunAudit | None = None
     utility: dict[str, Any] | None = None
+    parts: dict[str, Finding] = field(default_factory=dict)  # of ``privacy`` in the report, by name
     along: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -163,9 +169,9 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
-            "membership": None,
-            "inpainting": None,
-            "canaries": None,
+            **dict.fromkeys(PARTS),
+            **{name: finding.report for name, finding in found.parts.items()},
+            **{name: part for finding in found.parts.values() for name, part in finding.beside.items()},
             "audit": found.audit.report if found.audit else None,
         },
         "utility": found.utility,
@@ -175,6 +181,7 @@ def assemble(
             "images_per_second": facts["images_seen"] / train_seconds if train_seconds else None,
             "generate_seconds": progress.get("generate_seconds"),
             "attack_seconds": progress.get("attack_seconds"),
+            **{f"{name}_seconds": progress.get(f"{name}_seconds") for name in found.parts},
             "along_seconds": progress.get("along_seconds"),
             "peak_memory_bytes": max(facts.get("peak_memory_bytes", 0), peak_memory(accelerator)),
         },
@@ -199,6 +206,10 @@ def write(target: Target, config: SimpleNamespace, report: dict[str, Any], found
     if audit is not None:
         output.attack.mkdir(exist_ok=True)
         write_csv(output.attack / "audit.csv", CANARIES, audit.table)
+    for finding in found.parts.values():
+        output.attack.mkdir(exist_ok=True)
+        for name, (columns, rows) in finding.tables.items():
+            write_csv(output.attack / name, columns, rows)
     row_of = {record.record_id: row for row, record in enumerate(target.dataset.records)}
     render(
         output.path,

@@ -4,7 +4,7 @@ from typing import Any
 
 from eval import claims
 from eval.claims import FOR_THE_HOLDER
-from eval.wording import EVIDENCE_P
+from eval.verdict import EVIDENCE_P
 
 VERIFIED = "privacy.extraction.verified"
 P_VALUE = "privacy.extraction.control.p_value"

@@ -1,6 +1,7 @@
 import pytest
 
-from eval import wording
+from eval import attackwords, wording
+from eval.verdict import verdict
 from tests.fabricate import fabricate_report
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -44,9 +45,48 @@ def test_level_of_the_verdict(verified, control, level):
     report = fabricate_report(verified)
     extraction = report["privacy"]["extraction"]
     extraction["control"] = None if control is None else extraction["control"] | control
-    verdict = wording.verdict(report)
-    assert verdict["level"] == level
-    assert ("no control" in " ".join(verdict["sentences"])) == (control is None)
+    outcome = verdict(report)
+    assert outcome["level"] == level
+    assert ("no control" in " ".join(outcome["sentences"])) == (control is None)
+
+
+AUC = {
+    "attack": "loss-strong",
+    "unit": "record",
+    "auc": 0.9,
+    "auc_ci95": [0.8, 0.95],
+    "members": 50,
+    "nonmembers": 2000,
+}
+RATES = {"tpr_at_fpr": {"0.01": 0.4, "0.001": None}, "tpr_ci95": {"0.01": [0.3, 0.5], "0.001": None}}
+
+
+@pytest.mark.parametrize(
+    ("low", "passed", "level", "title"),
+    [
+        (0.8, True, "unclear", "it can be told"),
+        (0.49, True, "none", "No training picture was extracted by this attack"),  # within chance
+        (0.8, False, "none", "No training picture was extracted by this attack"),  # another camera, say: no evidence
+        (0.8, None, "none", "No training picture was extracted by this attack"),  # too few to tell
+    ],
+)
+def test_members_that_can_be_recognised_are_no_clean_outcome(low, passed, level, title):
+    report = fabricate_report(0)
+    report["privacy"]["membership"] = [AUC | RATES | {"auc_ci95": [low, 0.95]}]
+    report["privacy"]["membership_check"] = {"passed": passed, "note": "the sides differ"}
+    outcome = verdict(report)
+    assert outcome["level"] == level and title in outcome["title"]
+    text = " ".join(outcome["sentences"])
+    assert f"0.900 (95 %: {low:.3f} to 0.950" in text and f"40.0{NARROW}% of the training pictures" in text
+    assert ("no evidence: the sides differ" in text) == (passed is False)
+
+
+def test_the_attack_that_stands_for_all_is_fixed_beforehand():
+    """The best of several, chosen after looking, flatters."""
+    best = AUC | RATES | {"attack": "gsa-norm", "auc": 0.99}
+    privacy = {"membership": [best, AUC | RATES, AUC | RATES | {"attack": "lira-strong", "unit": "group"}]}
+    assert attackwords.primary(privacy)["attack"] == "loss-strong"
+    assert attackwords.primary(privacy, "group")["attack"] == "lira-strong"
 
 
 def test_zero_hits_follow_the_unit_of_the_interval():

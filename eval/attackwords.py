@@ -1,0 +1,115 @@
+"""The attacks beyond extraction in words, for the report and the model card."""
+
+from typing import Any
+
+from eval.wording import percent
+
+# The attack whose figures stand for membership: the strongest that was run, fixed beforehand. The best of all of them, chosen
+# after looking, would look better than it is.
+PRIMARY = ("lira-strong", "loss-strong", "loss-grid", "loss")
+
+NAMES = {
+    "loss": "loss, one draw of noise",
+    "loss-strong": "loss, averaged",
+    "loss-strong-null": "loss, averaged, without the caption",
+    "loss-grid": "losses over the schedule",
+    "secmi": "SecMI",
+    "pia": "PIA",
+    "pian": "PIAN",
+    "sima": "SimA",
+    "clid": "CLiD",
+    "gsa-norm": "norm of the gradient",
+    "gsa": "GSA (gradients, shadow models)",
+    "lira": "LiRA, one draw of noise",
+    "lira-strong": "Strong LiRA",
+    "lira-offline": "LiRA, offline, one draw of noise",
+    "lira-strong-offline": "Strong LiRA, offline",
+}
+METRICS = {
+    "adaptive_score": "adaptive score (the attack's own)",
+    "nn_ratio": "nearest to second nearest picture",
+    "tiled_l2": "l2, worst of 16 tiles",
+    "ssim": "SSIM",
+    "sscd": "SSCD",
+}
+
+
+def primary(privacy: dict[str, Any], unit: str = "record") -> dict[str, Any] | None:
+    """The entry of ``privacy.membership`` that stands for all, with an area; None where there is none."""
+    found = {
+        entry["attack"]: entry
+        for entry in privacy.get("membership") or []
+        if entry.get("unit", "record") == unit and entry.get("auc") is not None
+    }
+    return next((found[name] for name in PRIMARY if name in found), next(iter(found.values()), None))
+
+
+def membership_evidence(privacy: dict[str, Any]) -> bool | None:
+    """Whether members can be told from non-members beyond chance, by the primary attack; None: it was not shown either way.
+
+    Never where members and non-members differ without the model (`eval.exchangeable`).
+    """
+    entry, check = primary(privacy), privacy.get("membership_check") or {}
+    if entry is None or not check.get("passed"):
+        return None
+    return entry["auc_ci95"][0] > 0.5
+
+
+def membership_sentences(privacy: dict[str, Any]) -> list[str]:
+    """What the primary attack found, for the verdict; empty where membership was not measured."""
+    entry = primary(privacy)
+    if entry is None:
+        return []
+    low, high = entry["auc_ci95"]
+    found = [
+        f"Membership: with the weights in hand, {NAMES.get(entry['attack'], entry['attack'])} tells training pictures from held-out "
+        f"ones with an area under the curve of {entry['auc']:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance, 1 is certainty)"
+    ]
+    rate, interval = entry["tpr_at_fpr"].get("0.01"), (entry.get("tpr_ci95") or {}).get("0.01")
+    if rate is not None:
+        found[0] += (
+            f"; at one false alarm in a hundred it recognises {percent(rate)} of the training pictures"
+            f" ({percent(interval[0])} to {percent(interval[1])})."
+        )
+    else:
+        found[0] += (
+            f". {entry['nonmembers']:,} held-out pictures are too few to state a rate at one false alarm in a hundred."
+        )
+    check = privacy.get("membership_check") or {}
+    if check.get("passed") is False:
+        found.append(f"Membership figures are no evidence: {check['note']}.")
+    elif check.get("passed") is None and check.get("note"):
+        found.append(f"Membership: {check['note']}.")
+    return found
+
+
+def inpainting_sentences(privacy: dict[str, Any]) -> list[str]:
+    """What half of a picture brought back of the other, for the verdict."""
+    part = privacy.get("inpainting")
+    if not part or part.get("difference") is None:
+        return []
+    text = (
+        f"Inpainting: reconstructed from their right halves, training pictures lie {abs(part['difference']):.3f} in l2 "
+        f"{'nearer' if part['difference'] > 0 else 'farther'} than held-out ones"
+    )
+    return [text + ("; no p-value." if part["p_value"] is None else f" (p = {part['p_value']:.2g}).")]
+
+
+def canary_sentences(privacy: dict[str, Any]) -> list[str]:
+    """How strongly planted pictures are remembered, for the verdict."""
+    found = []
+    for kind, figures in ((privacy.get("canaries") or {}).get("kinds") or {}).items():
+        planted = [(int(copies), row) for copies, row in figures["by_copies"].items() if copies != "0"]
+        if planted:
+            copies, row = max(planted, key=lambda pair: pair[0])
+            times = "once" if copies == 1 else f"{copies} times"
+            found.append(
+                f"Canaries: the median {kind} picture planted {times} has an exposure of {row['median']:.1f} of at most "
+                f"{figures['ceiling']:.1f} bits (1 bit: nothing learned)."
+            )
+    return found
+
+
+def sentences(privacy: dict[str, Any]) -> list[str]:
+    """All of the above, in the order of the page."""
+    return [*membership_sentences(privacy), *inpainting_sentences(privacy), *canary_sentences(privacy)]

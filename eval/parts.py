@@ -1,0 +1,64 @@
+"""The attacks beyond extraction that a configuration switches on, one after the other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from eval import copymetrics, denoiser, exposure, inpainting, membership
+from eval.denoiser import Denoiser
+from eval.suite import Finding, Scene
+from eval.target import pictures_of, timed
+
+
+def run_parts(scene: Scene) -> dict[str, Finding]:
+    """Runs what ``attack`` asks for, on all ranks; part of ``privacy`` in report.json -> what was found.
+
+    A part that does not apply (no weights, no canaries, no extraction to judge) is left out.
+    """
+    settings, found = scene.config.attack, {}
+    for name, run in PARTS.items():
+        if getattr(settings, name) is None:
+            continue
+        with timed(scene.target.output, f"{name}_seconds", scene.accelerator):
+            finding = run(scene)
+        if finding is not None:
+            found[name] = finding
+    return found
+
+
+def white_box(target_pipeline: Path | None, settings, shape: tuple[int, int, int], device) -> Denoiser | None:
+    """The model for the attacks that look at its weights; None where none of them is on, or there are only generations."""
+    wanted = settings.membership is not None or settings.inpainting is not None
+    return denoiser.load(target_pipeline, shape, device) if wanted and target_pipeline is not None else None
+
+
+def _canaries(scene: Scene) -> Finding | None:
+    """Exposure of the canaries that the trainer planted (`eval.exposure`); None where it planted none."""
+    target = scene.target
+    if target.run is None:
+        return None
+    planted = exposure.measure(target.run.path, scene.config, target.dataset, scene.accelerator)
+    return planted and Finding(planted.report, {"canaries.csv": (exposure.COLUMNS, planted.table)})
+
+
+def _copy_metrics(scene: Scene) -> Finding | None:
+    """Other metrics of copying on the attack's matches (`eval.copymetrics`)."""
+    if scene.extraction is None:
+        return None
+    config, dataset = scene.config, scene.target.dataset
+    names = [name for _, files in scene.images.groups for name in files]
+    generations: np.ndarray = scene.images.read(names, config.data.image_size, config.data.channels)
+    splits = [pictures_of(dataset, split) for split in ("train", "heldout", "calibration")]
+    report, rows = copymetrics.copy_metrics(
+        generations, names, scene.extraction.matches, *splits, config.attack.copy_metrics, scene.accelerator
+    )
+    return Finding(report, {"copy_metrics.csv": (copymetrics.COLUMNS, rows)})
+
+
+PARTS: dict[str, Callable[[Scene], Finding | None]] = {
+    "membership": membership.run,
+    "inpainting": inpainting.run,
+    "canaries": _canaries,
+    "copy_metrics": _copy_metrics,
+}
