@@ -229,6 +229,7 @@ def released_losses(
     rows: np.ndarray,
     classes: list[str],
     accelerator: Accelerator,
+    draws: int = DRAWS,
 ) -> np.ndarray:
     """Losses of the released weights, float64 [rows, timesteps]; less those of the public weights that training began with.
 
@@ -239,12 +240,12 @@ def released_losses(
     released = UNet2DModel.from_pretrained(
         model_folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
     )
-    losses = canary_losses(released, schedule, dataset, rows, classes, accelerator)
+    losses = canary_losses(released, schedule, dataset, rows, classes, accelerator, draws)
     if config.model.pretrained is None:
         return losses
     settings = replace(config.model, adapter=None, trainable=None)
     start = build(settings, config.data.image_size, config.data.channels, len(classes))
-    return losses - canary_losses(start, schedule, dataset, rows, classes, accelerator)
+    return losses - canary_losses(start, schedule, dataset, rows, classes, accelerator, draws)
 
 
 @torch.no_grad()
@@ -255,6 +256,7 @@ def canary_losses(
     rows: np.ndarray,
     classes: list[str],
     accelerator: Accelerator,
+    draws: int = DRAWS,
 ) -> np.ndarray:
     """Mean squared error of the network's output on each record at fixed timesteps, float64 [rows, timesteps].
 
@@ -269,14 +271,14 @@ def canary_losses(
         images = (torch.from_numpy(dataset.images[part]).float() / 127.5 - 1).to(device)
         labels = labels_of(dataset, part, classes)
         total = np.zeros((len(part), len(TIMESTEPS)))
-        for repeat in range(DRAWS):
+        for repeat in range(draws):
             random = RecordRandom(0, repeat, part, [0] * len(part))
             noise = random.normal("audit", *images.shape[1:]).to(device)
             for column, place in enumerate(TIMESTEPS):
                 step = torch.full((len(part),), int(place * schedule.config.num_train_timesteps), device=device)
                 batch = Batch(images, part, None if labels is None else labels.to(device), random, step, noise)
                 total[:, column] += per_example_loss(model, batch, schedule, None).double().cpu().numpy()
-        found[start] = total / DRAWS
+        found[start] = total / draws
     everywhere = sorted(gather_object(list(found.items())), key=lambda pair: pair[0])
     return np.concatenate([np.zeros((0, len(TIMESTEPS))), *(part for _, part in everywhere)])
 

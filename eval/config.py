@@ -13,6 +13,7 @@ from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
 from eval.inpainting import InpaintingConfig
 from eval.membership import MembershipConfig
+from eval.membership import check as check_membership
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from train.diffusion import native_precision
@@ -81,6 +82,7 @@ def check(config: SimpleNamespace) -> None:
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
     check_along(config, foreign)
+    check_white_box(config)
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",
@@ -111,6 +113,25 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.report.push_to_hub is not None:
         raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")
+
+
+def check_white_box(config: SimpleNamespace) -> None:
+    """Refuses attacks on weights where there are none, or none that predict noise.
+
+    Raises:
+        UserError: attack.membership or attack.inpainting.
+    """
+    attacks = [name for name in ("membership", "inpainting") if getattr(config.attack, name) is not None]
+    if not attacks:
+        return
+    if getattr(config, "generations", None) is not None:
+        raise UserError(f"attack.{attacks[0]}", "needs the model, and only images are given", "set it to null")
+    if getattr(config, "pipeline", None) is None and config.model.family == "gan":
+        raise UserError(
+            f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
+        )
+    if config.attack.membership is not None:
+        check_membership(config)
 
 
 def check_along(config: SimpleNamespace, foreign: str | None) -> None:

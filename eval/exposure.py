@@ -14,7 +14,8 @@ import numpy as np
 from accelerate import Accelerator
 from scipy.stats import mannwhitneyu, spearmanr
 
-from eval.audit import released_losses, summary
+from defenses.errors import UserError
+from eval.audit import DRAWS, released_losses, summary
 from train.data import Dataset
 from train.planting import drawn
 from train.stage import RECORD
@@ -28,6 +29,17 @@ NOTE = (
     "a better attack may see more. The bound on epsilon rests on the canaries of one copy that a coin decided; what is seen of c "
     "copies is to be held against the guarantee for c records at once."
 )
+
+
+@dataclass(kw_only=True)
+class ExposureConfig:
+    """Section ``attack.canaries``: how the canaries that ``data.canaries`` planted are looked at."""
+
+    draws: int = DRAWS  # of the noise, in each loss
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise UserError("attack.canaries.draws", f"{self.draws} is less than 1", "2 is usual")
 
 
 def exposures(scores: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -68,7 +80,9 @@ def measure(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerator
     claim = next((entry["claim"] for entry in facts["defenses"] if entry["name"] == "dpsgd"), {})
     kinds = {kind: drawn(dataset.records, kind, config.data.canaries) for kind in config.data.canaries.kinds}
     rows = np.unique(np.concatenate(list(kinds.values())))
-    losses = released_losses(folder / "model", config, dataset, rows, facts["classes"], accelerator)
+    losses = released_losses(
+        folder / "model", config, dataset, rows, facts["classes"], accelerator, config.attack.canaries.draws
+    )
     table = [
         line
         for kind, some in kinds.items()

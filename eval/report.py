@@ -86,7 +86,7 @@ def render(
         histogram=plots.match_histogram(matches, verify_l2),
         copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
         memorisation=_memorisation(report),
-        roc_plot=plots.roc_curves(evidence.read_table(run_dir / "attack" / "roc.csv")),
+        roc_plot=None,
         reconstructions=_reconstructions(run_dir, report, None if restricted else images),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
