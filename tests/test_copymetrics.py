@@ -8,6 +8,7 @@ import accelerate.utils
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from defenses import neighbours
@@ -321,10 +322,15 @@ def test_edited_copies_as_documented():
     brighter = np.clip(original + 40, 0, 255).astype(np.uint8)
     patched = training.images[:60].copy()
     patched[..., 8:16, 8:16] = np.roll(patched, 1, axis=0)[..., 8:16, 8:16]
+    crops = [Image.fromarray(image[0, 4:-4, 4:-4]).resize((32, 32), Image.BICUBIC) for image in training.images[:60]]
+    cropped = np.stack([np.asarray(crop)[None] for crop in crops])
+    mean = np.rint((original + np.roll(original, 1, axis=0)) / 2).astype(np.uint8)
     expected = {  # adaptive score, NN ratio, tiled l2, SSIM
         "noise": (fabricated.noisy(training.images[:60], 0.1), [1.0, 0.03, 1.0, 0.98]),
         "contrast": (np.rint(original / 2 + 64).astype(np.uint8), [0.03, 0.0, 0.02, 0.70]),
         "brighter": (brighter, [0.18, 0.0, 0.0, 0.98]),
+        "cropped": (cropped, [0.02, 0.0, 0.0, 0.03]),
+        "mean": (mean, [0.0, 0.0, 0.0, 0.55]),
         "patched": (patched, [0.95, 0.58, 0.10, 1.0]),
         "strangers": (heldout.images[150:], [0.0, 0.0, 0.0, 0.07]),
     }
