@@ -28,8 +28,8 @@ _MOST = 12  # generations in ``disagreements``
 class CopyMetricsConfig:
     """Section ``attack.copy_metrics``."""
 
-    # published: the literature's threshold; where none carries over (ssim, sscd) the values of calibration pictures with
-    # their nearest training picture, which is another patient's, set it; dar: Dar et al. (2024) sets all
+    # published: the literature's threshold; where none carries over (ssim, sscd), that which 95 % of the calibration
+    # pictures keep with their nearest training picture, never of the same patient; dar: all by Dar et al. (2024)
     threshold: Literal["published", "dar"] = "published"
     sscd_weights: str | None = None  # local file of Pizzi et al. (2022); null: SSCD is left out
     sscd_weights_sha256: str | None = None  # hex digest that `sscd_weights` must have; null: only without weights
@@ -87,7 +87,7 @@ METRICS = {
     "ssim": Metric(">"),
     "sscd": Metric(">"),
 }
-STRANGERS = "95 % of the calibration pictures are less like their nearest training picture, which is another patient's"
+STRANGERS = "95 % of the calibration pictures are less like their nearest training picture, never of the same patient"
 DAR = "95 % of the training pictures are less like their nearest calibration picture (Dar et al. 2024)"
 UNSET = "none: there are no calibration pictures"
 

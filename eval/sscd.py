@@ -128,7 +128,7 @@ def _torchvision_name(name: str) -> str:
     block = re.fullmatch(r"backbone\.blocks\.(\d)\.block\1-(\d)\.(.+)", layer)
     if block and block[3] in _LAYERS:
         return f"backbone.layer{int(block[1]) + 1}.{block[2]}.{_LAYERS[block[3]]}.{tensor}"
-    return f"{_OUTSIDE.get(layer, layer)}.{tensor}"
+    return f"{_OUTSIDE[layer]}.{tensor}" if layer in _OUTSIDE else name
 
 
 def _refuse_misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

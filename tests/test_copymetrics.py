@@ -8,6 +8,7 @@ import accelerate.utils
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from defenses import neighbours
@@ -20,6 +21,7 @@ from eval.extraction import ExtractionConfig, untargeted
 from eval.pairs import in_view, nearest_view, paired_tiled_l2, ssim, ssim_window
 from eval.prompted import tiled_l2
 from tests.reference import brute_force, fabricated
+from train.phantom import PhantomConfig, phantom_items
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -218,6 +220,22 @@ def test_counts_background_and_agreement_are_those_of_the_loops(planted):
     assert len(report["agreement"]) == 6
 
 
+def test_disagreements_are_ordered_by_votes_then_by_ranks():
+    """g0: all say copy, g4: none; g2: two of four; g3 and g1: one; SSIM ranks g3 first, the others fourth."""
+    falling = np.array([1.0, 2, 3, 4, 5])
+    values = {name: falling for name in ("adaptive_score", "nn_ratio", "tiled_l2")}
+    values["ssim"] = np.array([0.6, 0.7, 0.3, 0.9, 0.1])
+    votes = {"adaptive_score": [1, 1, 1, 0, 0], "nn_ratio": [1, 0, 1, 0, 0], "tiled_l2": [1, 0, 0, 0, 0]}
+    passed = {name: np.array(vote, dtype=bool) for name, vote in (votes | {"ssim": [1, 0, 0, 1, 0]}).items()}
+    table = [{"generation": f"g{i}"} for i in range(5)]
+    found = copymetrics._disagreements(table, values, passed)
+    assert [row["generation"] for row in found] == ["g2", "g3", "g1"]
+    assert found[0]["copy_by"] == ["adaptive_score", "nn_ratio"] and found[1]["copy_by"] == ["ssim"]
+    tenfold = [{name: np.tile(each, 10) for name, each in part.items()} for part in (values, passed)]
+    assert [row["generation"] for row in copymetrics._disagreements(table * 10, *tenfold)] == ["g2"] * 10 + ["g3"] * 2
+    assert copymetrics._disagreements(table, values, {"ssim": passed["ssim"]}) == []
+
+
 def test_several_generations_of_one_picture_are_one_picture(planted):
     training = planted[1]
     report, _ = run(np.repeat(training.images[:2], [3, 1], axis=0), training)
@@ -291,6 +309,37 @@ def test_the_prompted_attack_has_no_score(planted):
     assert [row["adaptive_score"] for row in table] == [None] * 3
 
 
+@pytest.mark.slow
+def test_edited_copies_as_documented():
+    """docs/copy-metrics.md, first table: which metric sees which edited copy of 60 phantom pictures at 32 px."""
+    items = phantom_items(PhantomConfig(pictures=300, copied=0, outliers=6, heldout=300, calibration=150))
+    splits = {
+        split: np.stack([item.draw(32, 1) for item in items if item.split == split])
+        for split in ("train", "calibration", "heldout")
+    }
+    training, calibration, heldout = (fabricated.pictures(splits[name]) for name in ("train", "calibration", "heldout"))
+    original = training.images[:60].astype(float)
+    brighter = np.clip(original + 40, 0, 255).astype(np.uint8)
+    patched = training.images[:60].copy()
+    patched[..., 8:16, 8:16] = np.roll(patched, 1, axis=0)[..., 8:16, 8:16]
+    crops = [Image.fromarray(image[0, 4:-4, 4:-4]).resize((32, 32), Image.BICUBIC) for image in training.images[:60]]
+    cropped = np.stack([np.asarray(crop)[None] for crop in crops])
+    mean = np.rint((original + np.roll(original, 1, axis=0)) / 2).astype(np.uint8)
+    expected = {  # adaptive score, NN ratio, tiled l2, SSIM
+        "noise": (fabricated.noisy(training.images[:60], 0.1), [1.0, 0.03, 1.0, 0.98]),
+        "contrast": (np.rint(original / 2 + 64).astype(np.uint8), [0.03, 0.0, 0.02, 0.70]),
+        "brighter": (brighter, [0.18, 0.0, 0.0, 0.98]),
+        "cropped": (cropped, [0.02, 0.0, 0.0, 0.03]),
+        "mean": (mean, [0.0, 0.0, 0.0, 0.55]),
+        "patched": (patched, [0.95, 0.58, 0.10, 1.0]),
+        "strangers": (heldout.images[150:], [0.0, 0.0, 0.0, 0.07]),
+    }
+    for name, (images, shares) in expected.items():
+        report, _ = run(images, training, None, calibration)
+        found = [metric["copies"] / len(images) for metric in report["metrics"]]
+        assert found == pytest.approx(shares, abs=0.02), name
+
+
 class Ranks:
     """W threads that stand for processes: gathering waits for all and returns the parts in the order of the ranks."""
 
@@ -321,10 +370,10 @@ class Ranks:
 
 
 def test_ranks_share_the_work_and_agree(planted, monkeypatch):
-    """SSCD is stood in for by mean brightness and contrast, so that its seam is used, too."""
+    """SSCD is stood in for by brightness left and right, so that its seam is used, too, and a mirrored copy needs its view."""
 
     def describe(images: np.ndarray) -> np.ndarray:
-        vector = np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)
+        vector = np.stack([half.mean((1, 2, 3)) for half in np.array_split(images, 2, axis=-1)], 1)
         return (vector / np.linalg.norm(vector, axis=1, keepdims=True)).astype(np.float32)
 
     monkeypatch.setattr(copymetrics, "load_sscd", lambda *_: describe)
