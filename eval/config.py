@@ -16,6 +16,7 @@ from eval.membership import MembershipConfig
 from eval.membership import check as check_membership
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
+from eval.sscd import load_sscd
 from train.diffusion import native_precision
 from train.sampling import SamplerConfig
 
@@ -83,6 +84,7 @@ def check(config: SimpleNamespace) -> None:
         )
     check_along(config, foreign)
     check_white_box(config)
+    check_copy_metrics(config, foreign)
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",
@@ -132,6 +134,28 @@ def check_white_box(config: SimpleNamespace) -> None:
         )
     if config.attack.membership is not None:
         check_membership(config)
+
+
+def check_copy_metrics(config: SimpleNamespace, foreign: str | None) -> None:
+    """Loads the weights of SSCD once, and refuses thresholds that nothing can set.
+
+    Raises:
+        UserError: attack.copy_metrics.
+    """
+    settings = config.attack.copy_metrics
+    if settings is None:
+        return
+    if config.attack.extraction is None:
+        raise UserError(
+            "attack.copy_metrics", "judges the matches of the extraction attack, which is off", "set it to null"
+        )
+    if settings.sscd_weights is not None:
+        load_sscd(settings.sscd_weights, settings.sscd_weights_sha256, "cpu")
+    phantom = config.data.source == "phantom"
+    calibrated = config.data.phantom.calibration if phantom else config.data.calibration_fraction
+    if settings.threshold == "dar" and (foreign or not (calibrated or config.data.split_key)):
+        remedy = "hold some out for it (data.calibration_fraction), or take threshold=published"
+        raise UserError("attack.copy_metrics.threshold", "dar needs calibration pictures", remedy)
 
 
 def check_along(config: SimpleNamespace, foreign: str | None) -> None:

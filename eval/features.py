@@ -144,27 +144,38 @@ def _extractor(model: nn.Module, device: torch.device) -> FeatureExtractor:
     return extract
 
 
-def verified_bytes(weights: str | None, weights_sha256: str | None) -> bytes:
-    """The file's content, read once, so that what was hashed is what is loaded."""
+def verified_bytes(
+    weights: str | None,
+    weights_sha256: str | None,
+    key: str = "utility.weights",
+    without: str = "utility.features=random-conv",
+) -> bytes:
+    """The file's content, read once, so that what was hashed is what is loaded.
+
+    Args:
+        key: configuration key of the file; that of the digest is the same with ``_sha256``.
+        without: setting that needs no file.
+
+    Raises:
+        UserError: no file, or one that does not hash to the digest.
+    """
     if not weights:
-        raise UserError(
-            "utility.weights", "no weights file given", "name a local file, or set utility.features=random-conv"
-        )
+        raise UserError(key, "no weights file given", f"name a local file, or set {without}")
     try:
         content = Path(weights).read_bytes()
     except OSError as error:
-        raise UserError("utility.weights", f"cannot read {weights}: {error.strerror}", "name a local file") from error
+        raise UserError(key, f"cannot read {weights}: {error.strerror}", "name a local file") from error
     found = hashlib.sha256(content).hexdigest()
     if (weights_sha256 or "").lower() != found:
         problem = "is not set" if not weights_sha256 else f"does not match {weights}"
-        raise UserError("utility.weights_sha256", problem, f"if you trust this file: utility.weights_sha256={found}")
+        raise UserError(f"{key}_sha256", problem, f"if you trust this file: {key}_sha256={found}")
     return content
 
 
 def _load_inception(content: bytes) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if _is_torchscript(content):
+    if is_torchscript(content):
         raise UserError("utility.weights", "is a TorchScript archive, which runs code", "give a plain state dict")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -185,7 +196,7 @@ def _load_inception(content: bytes) -> nn.Module:
         raise UserError("utility.weights", "does not fit Inception-v3", "give torch-fidelity's .pth file") from error
 
 
-def _is_torchscript(content: bytes) -> bool:
+def is_torchscript(content: bytes) -> bool:
     """TorchScript files are zip archives with a ``code`` folder and ``constants.pkl``."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         return False

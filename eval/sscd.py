@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defenses.errors import UserError
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor, _is_torchscript, verified_bytes
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor, is_torchscript, verified_bytes
 
 SIDE = 288  # pixels of the shorter side, as published for inference
 DIMENSIONS = 512
@@ -76,7 +76,8 @@ def load_sscd(weights: str | None, weights_sha256: str | None, device: torch.dev
     Raises:
         UserError: no file, another hash, a TorchScript archive, pickled code, or weights of another network.
     """
-    state = _state(_content(weights, weights_sha256), Path(str(weights)).suffix)
+    content = verified_bytes(weights, weights_sha256, _KEY, f"{_KEY}=null")
+    state = _state(content, Path(str(weights)).suffix)
     network = Sscd()
     _refuse_misfit(state, {name: value for name, value in network.state_dict().items() if not name.endswith(_COUNTER)})
     network.load_state_dict(state, strict=False)  # all but the counters
@@ -89,21 +90,9 @@ def load_sscd(weights: str | None, weights_sha256: str | None, device: torch.dev
     return extract
 
 
-def _content(weights: str | None, weights_sha256: str | None) -> bytes:
-    """`verified_bytes`, with errors that name this section's keys."""
-    try:
-        return verified_bytes(weights, weights_sha256)
-    except UserError as error:
-        key, remedy = (
-            text.replace("utility.weights", _KEY).replace("utility.features=random-conv", f"{_KEY}=null")
-            for text in (error.key, error.remedy)
-        )
-        raise UserError(key, error.problem, remedy) from error
-
-
 def _state(content: bytes, suffix: str) -> dict[str, torch.Tensor]:
     """The tensors in the file under torchvision's names, without counters; nothing in it is executed."""
-    if _is_torchscript(content):
+    if is_torchscript(content):
         raise UserError(_KEY, "is a TorchScript archive, which runs code", _REMEDY)
     try:
         state = _tensors(content, suffix)
