@@ -92,8 +92,6 @@ def set_test(suspects: np.ndarray, heldout: np.ndarray, *, seed: int = 0) -> flo
         ValueError: fewer than `FOLDS` rows on a side, matrices that do not fit together, NaN.
     """
     suspects, heldout = _checked(suspects, heldout)
-    if min(len(suspects), len(heldout)) < FOLDS:
-        raise ValueError(f"a set-level test needs at least {FOLDS} suspects and {FOLDS} held-out units")
     fold, labels = _folds(len(suspects), len(heldout), seed)
     features = _normal_scores(np.concatenate([suspects, heldout]))
     return _reaching(_statistics(features, fold, _permuted(fold, labels, seed))) / (1 + _PERMUTATIONS)
@@ -154,6 +152,8 @@ def welch_p_value(suspects: np.ndarray, heldout: np.ndarray) -> float:
 
 def _folds(n: int, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Fold of every unit, int64 [n + m], evenly within each side, and which units are suspects, bool [n + m]."""
+    if min(n, m) < FOLDS:
+        raise ValueError(f"a set-level test needs at least {FOLDS} suspects and {FOLDS} held-out units")
     random = np.random.default_rng(derive(seed, "set-test", "folds"))
     fold = np.concatenate([random.permutation(n) % FOLDS, random.permutation(m) % FOLDS])
     return fold, np.arange(n + m) < n
