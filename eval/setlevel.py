@@ -6,7 +6,7 @@ features of membership (losses, errors of inversions, gradient norms); a linear 
 the features of a unit into a score, and the suspects' scores are compared with the held-out ones.
 
 The paper then takes Welch's one-sided t-test for that comparison. It is not valid here: every label serves to fit the
-classifiers of the other folds, so the scores are not independent of each other, and the test rejects 2 to 5 times too often
+classifiers of the other folds, so the scores are not independent of each other, and the test rejects 2 to 4 times too often
 (docs/intervals.md). Our p-value permutes the labels and fits all anew; Welch's stands beside it for comparison. So that a
 thousand fits cost nothing, the classifier is Fisher's linear discriminant instead of a logistic regression.
 """
