@@ -1,6 +1,7 @@
 """Intervals for a rate of pictures or of people, all at 95 %; docs/intervals.md measures how often they cover."""
 
 import numpy as np
+from scipy.special import betaincinv
 from scipy.stats import binomtest
 
 LEVEL = 0.95  # of every interval
@@ -23,8 +24,12 @@ def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
     Raises:
         ValueError: not 0 <= hits <= n with n > 0.
     """
-    interval = binomtest(hits, n).proportion_ci(LEVEL, method="exact")
-    return float(interval.low), float(interval.high)
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError("hits must lie between 0 and n, and n above 0")
+    tail = (1 - LEVEL) / 2
+    low = betaincinv(hits, n - hits + 1, tail) if hits else 0.0
+    high = betaincinv(hits + 1, n - hits, 1 - tail) if hits < n else 1.0
+    return float(low), float(high)
 
 
 def rate_interval(verified: np.ndarray, block: np.ndarray, grouped: bool, seed: int = 0) -> tuple[float, float, str]:

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, binomtest
 
-from eval.intervals import rate_interval, wilson
+from eval.intervals import clopper_pearson, rate_interval, wilson
 
 CASES = [(0, 1), (1, 1), (0, 400), (3, 400), (8, 400), (50, 100), (399, 400), (7, 9)]
 
@@ -13,6 +14,25 @@ def test_wilson_solves_its_equation(hits, n):
     """The bounds p solve |hits/n - p| = z sqrt(p (1 - p) / n) (Wilson 1927), z = 1.959964."""
     for bound in wilson(hits, n):
         assert abs(hits / n - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / n) ** 0.5, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "n"), CASES)
+def test_clopper_pearson_leaves_half_the_error_on_either_side(hits, n):
+    low, high = clopper_pearson(hits, n)
+    assert low == 0 if hits == 0 else binom.sf(hits - 1, n, low) == pytest.approx(0.025)
+    assert high == 1 if hits == n else binom.cdf(hits, n, high) == pytest.approx(0.025)
+    assert (low, high) == pytest.approx(tuple(binomtest(hits, n).proportion_ci(method="exact")), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 20, 100])
+def test_clopper_pearson_never_covers_less_than_it_says(n):
+    """Coverage is summed over all numbers of hits; Wilson's falls below 95 % at some rates (docs/intervals.md)."""
+    hits, rates = np.arange(n + 1), np.linspace(0.001, 0.999, 999)[:, None]
+    coverage = []
+    for interval in (clopper_pearson, wilson):
+        low, high = np.array([interval(int(k), n) for k in hits]).T
+        coverage.append((binom.pmf(hits, n, rates) * ((low <= rates) & (rates <= high))).sum(axis=1).min())
+    assert coverage[0] >= 0.95 > coverage[1]
 
 
 def test_zero_hits_are_never_zero():
@@ -69,8 +89,9 @@ def test_one_group_says_little():
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 0), (3, 2), (-1, 5)])
 def test_impossible_counts_are_refused(hits, n):
-    with pytest.raises(ValueError):
-        wilson(hits, n)
+    for interval in (wilson, clopper_pearson):
+        with pytest.raises(ValueError):
+            interval(hits, n)
 
 
 def test_a_rate_of_nothing_is_refused():
