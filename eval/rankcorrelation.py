@@ -10,6 +10,8 @@ from eval.intervals import LEVEL
 
 LEAST = 10  # independent units below which nothing is said
 _RESAMPLES = 1000
+_CELLS = 2**20  # of the largest array
+_ONE = 1 - 1e-9  # its atanh is finite
 
 
 def spearman(x: np.ndarray, y: np.ndarray, block: np.ndarray, grouped: bool, seed: int = 0) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def spearman(x: np.ndarray, y: np.ndarray, block: np.ndarray, grouped: bool, see
     rho = _rho(x, y)
     if rho is None:
         return found | {"method": "none: one of the figures is the same for all pictures"}
-    z = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    z = np.arctanh(np.clip(rho, -_ONE, _ONE))
     if grouped:
         error = _bootstrap_error(x, y, unit, seed)
         half, p_value = t.ppf((1 + LEVEL) / 2, n - 1) * error, 2 * t.sf(abs(z) / max(error, 1e-12), n - 1)
@@ -63,13 +65,26 @@ def _rho(x: np.ndarray, y: np.ndarray) -> float | None:
 
 def _bootstrap_error(x: np.ndarray, y: np.ndarray, unit: np.ndarray, seed: int) -> float:
     """Standard deviation of atanh(rho) over resampled groups; resamples in which a figure is constant are left out."""
-    random = np.random.default_rng(derive(seed, "attack/spearman"))
-    order = np.argsort(unit, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(unit))[:-1])
+    groups = int(unit.max()) + 1
+    drawn = np.random.default_rng(derive(seed, "attack/spearman")).multinomial(
+        groups, [1 / groups] * groups, _RESAMPLES
+    )
     values = []
-    for _ in range(_RESAMPLES):
-        rows = np.concatenate([members[group] for group in random.integers(len(members), size=len(members))])
-        rho = _rho(x[rows], y[rows])
-        if rho is not None:
-            values.append(np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)))
-    return float(np.std(values, ddof=1))
+    for start in range(0, _RESAMPLES, step := max(1, _CELLS // len(x))):
+        weight = drawn[start : start + step][:, unit].astype(np.float64)  # how often each picture was drawn [B, N]
+        a, b = _centred_ranks(x, weight), _centred_ranks(y, weight)
+        size = np.sqrt((weight * a * a).sum(1) * (weight * b * b).sum(1))
+        varies = size > 0
+        values.append((weight * a * b).sum(1)[varies] / size[varies])
+    return float(np.std(np.arctanh(np.clip(np.concatenate(values), -_ONE, _ONE)), ddof=1))
+
+
+def _centred_ranks(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Rank of each value, less the mean rank, where value i occurs weight[:, i] times and ties have their mean, [B, N]."""
+    _, first, place = np.unique(np.sort(x), return_index=True, return_inverse=True)
+    order = np.argsort(x, kind="stable")
+    counts = np.add.reduceat(weight[:, order], first, axis=1)  # of each distinct value, ascending
+    ranks = np.cumsum(counts, axis=1) - counts / 2
+    result = np.empty_like(weight)
+    result[:, order] = ranks[:, place]
+    return result - weight.sum(1, keepdims=True) / 2
