@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from defenses.errors import UserError
-from defenses.neighbours import VIEWS, Neighbours, adaptive_score, search_sharded
+from defenses.neighbours import VIEWS, Neighbours, SearchResult, adaptive_score, search_sharded
 from defenses.seeding import derive
 from eval.control import Rule, control
 from eval.intervals import rate_interval
 from eval.pictures import Pictures
 
-__all__ = ["Extraction", "ExtractionConfig", "Pictures", "check_tier", "tier_of", "untargeted"]
+__all__ = ["Extraction", "ExtractionConfig", "PictureFindings", "Pictures", "check_tier", "tier_of", "untargeted"]
 
 # the sizes of a tier: generations (untargeted); prompts and generations of each (prompted)
 TIERS: dict[str, tuple[int, int, int]] = {
@@ -56,17 +56,37 @@ class ExtractionConfig:
 
 
 @dataclass
+class PictureFindings:
+    """What the attack knows of every distinct training picture, in the order of ``Pictures.ids``.
+
+    Attributes:
+        l2: to the nearest generation, float64 [P]; inf without generations.
+        generation: name of that generation, or None.
+        score: lowest adaptive score with this picture in the numerator, of the generations to which it is the nearest picture
+            and of the one that is nearest to it, float64 [P]; None in the prompted protocol. At most 1 where verified.
+        verified: bool [P].
+    """
+
+    l2: np.ndarray
+    generation: list[str | None]
+    score: np.ndarray | None
+    verified: np.ndarray
+
+
+@dataclass
 class Extraction:
     """What the attack found.
 
     Attributes:
         report: report.json, ``privacy.extraction``, without ``sampler`` and ``seconds``.
         matches: rows of matches.csv, one per generation.
+        pictures: the same seen from the training pictures.
         cliques: rows of cliques.csv, flagged prompts first, tightest first; empty for the untargeted protocol.
     """
 
     report: dict[str, Any]
     matches: list[dict[str, Any]]
+    pictures: PictureFindings
     cliques: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -125,7 +145,8 @@ def untargeted(
     passed = rule.passed(found.distinct)
     verified = rule.verified(found.distinct)
     variants = {"identity_view": rule.verified(found.identity), "paper_rule": rule.verified(found.records)}
-    matches = match_rows(names, training, found.distinct, rule.score(found.distinct.distance), passed)
+    score = rule.score(found.distinct.distance)
+    matches = match_rows(names, training, found.distinct, score, passed)
     settings = {
         "alpha": config.alpha,
         "n": config.n,
@@ -149,7 +170,33 @@ def untargeted(
         ),
         "by_copies": training.by_copies(verified),
     }  # fmt: skip
-    return Extraction(report, matches)
+    pictures = PictureFindings(
+        l2=found.best_distance,
+        generation=[names[query] if query >= 0 else None for query in found.best_query],
+        score=_picture_scores(found, score, config),
+        verified=np.isin(training.ids, verified),
+    )
+    return Extraction(report, matches, pictures)
+
+
+def _picture_scores(found: SearchResult, score: np.ndarray, config: ExtractionConfig) -> np.ndarray:
+    """`PictureFindings.score`.
+
+    Args:
+        score: adaptive score of each generation, float64 [G].
+    """
+    mean = found.distinct.distance[:, : config.n].mean(axis=1, dtype=np.float64)
+    reached = np.full(len(found.pictures), np.inf)
+    near = np.flatnonzero(found.best_query >= 0)
+    of_nearest = mean[found.best_query[near]]
+    reached[near] = np.divide(
+        found.best_distance[near],
+        config.alpha * of_nearest,
+        out=np.full(len(near), 1 / config.alpha),
+        where=of_nearest > 0,
+    )
+    np.minimum.at(reached, np.searchsorted(found.pictures, found.distinct.picture[:, 0]), score)
+    return reached
 
 
 def match_rows(

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -30,6 +32,7 @@ ARMS = [
     ("#0f6f72", "#66cdd0"),
 ]
 SIZE = (5.6, 3.1)
+MOST_POINTS = 2000  # of one kind in a scatter plot
 
 Draw = Callable[[Axes, dict[str, str]], None]
 Themed = dict[str, str]  # "light" and "dark": data URI
@@ -153,6 +156,60 @@ def copies_bars(
         axes.set_xticks(range(len(rows)), [name for name, _, _ in rows])
         axes.set(xlabel=xlabel, ylabel="share extracted", ylim=(0, 1.15))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value) if value <= 1 else "")
+
+    return render(draw, size)
+
+
+def risk_scatter(rows: list[dict[str, Any]], size: tuple[float, float] = SIZE) -> Themed | None:
+    """Adaptive score (l2 in the prompted protocol) of every training picture over its outlierness; None where neither is known.
+
+    Args:
+        rows: as `eval.risk.risk_table` gives them. Of many pictures that were not extracted, evenly chosen ones are drawn.
+    """
+    sign = "adaptive_score" if any(row["adaptive_score"] is not None for row in rows) else "l2"
+    known = [row for row in rows if row[sign] is not None and row["outlierness"] is not None]
+    if not known:
+        return None
+    extracted = [row for row in known if row["verified"]]
+    rest = [row for row in known if not row["verified"]]
+    rest = rest[:: max(1, math.ceil(len(rest) / MOST_POINTS))]
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        for part, colour, label in ((rest, "first", "not extracted"), (extracted, "second", "extracted")):
+            for copied, marker in ((False, "o"), (True, "^")):
+                some = [row for row in part if (row["copies"] > 1) == copied]
+                if some:
+                    x, y = ([row[name] for row in some] for name in ("outlierness", sign))
+                    shown = f"{label}, several copies" if copied else label
+                    axes.scatter(x, y, 10, color=colours[colour], marker=marker, linewidths=0, alpha=0.8, label=shown)
+        if sign == "adaptive_score":
+            axes.axhline(1, color=colours["text"], linestyle=":")
+        axes.set(xlabel="outlierness: mean l2 to the nearest other training pictures", ylim=(0, None))
+        axes.set_ylabel("adaptive score" if sign == "adaptive_score" else "l2 to the nearest generation")
+        legend(axes, colours)
+
+    return render(draw, size)
+
+
+def roc_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]], size: tuple[float, float] = SIZE) -> Themed | None:
+    """True- over false-positive rate on logarithmic axes, with the line of chance; None without curves.
+
+    Args:
+        curves: attack -> both rates, ascending (`eval.roc.roc_curve`). Those after the eighth are left out.
+    """
+    shown = list(curves.items())[: len(ARMS)]
+    least = min((rates[rates > 0].min() for _, pair in shown for rates in pair if (rates > 0).any()), default=None)
+    if least is None:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        axes.plot([least, 1], [least, 1], color=colours["text"], linestyle=":", label="chance")
+        for (name, (fpr, tpr)), (colour, _) in zip(shown, ARMS, strict=False):
+            # a rate of 0 lies outside of the axes: the curve comes in from the left
+            axes.step(np.maximum(fpr, least / 2), np.maximum(tpr, least / 2), where="post", color=colour, label=name)
+        axes.set(xlabel="false-positive rate", ylabel="true-positive rate", xscale="log", yscale="log")
+        axes.set(xlim=(least, 1), ylim=(least, 1.05))
+        legend(axes, colours)
 
     return render(draw, size)
 

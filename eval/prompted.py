@@ -14,11 +14,11 @@ from accelerate.utils import gather_object
 
 from defenses.errors import UserError
 from defenses.exact import centred, l2_of, squared_differences
-from defenses.neighbours import VIEWS, Neighbours, search, search_sharded
+from defenses.neighbours import VIEWS, Neighbours, SearchResult, search, search_sharded
 from defenses.ranks import together
 from eval.cliques import largest_clique
 from eval.control import Rule, control
-from eval.extraction import Extraction, ExtractionConfig, at_l2, counts, match_rows, tier_of
+from eval.extraction import Extraction, ExtractionConfig, PictureFindings, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
 
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
@@ -58,19 +58,22 @@ def prompted(
     prompts = list(prompts)
     _refuse_hopeless(config, [len(names) for _, names, _ in prompts])
     best = np.full(len(training.ids), np.inf)  # of each picture over all generations, this rank's
+    source = np.full((len(training.ids), 2), -1)  # prompt and place in it of the generation that is as near
 
     def work() -> list[_Prompt]:
         found = []
         for index in range(rank, len(prompts), world):
-            result, nearest = _attack(
+            result, near = _attack(
                 index, *prompts[index], training, config, accelerator.device if accelerator else "cpu"
             )
-            np.minimum(best, nearest, out=best)
+            closer = near.best_distance < best
+            best[closer] = near.best_distance[closer]
+            source[closer] = np.stack([np.full(len(best), index), near.best_query], axis=1)[closer]
             found.append(result)
         return found
 
     results = work() if world == 1 else gather_object(together(accelerator, work))
-    best = best if world == 1 else np.min(gather_object([best]), axis=0)
+    best, source = _nearest([(best, source)] if world == 1 else gather_object([(best, source)]))
     results.sort(key=lambda result: result.index)
     flagged = sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
     candidates = (
@@ -100,7 +103,9 @@ def prompted(
         "by_copies": training.by_copies(verified),
     }  # fmt: skip
     rest = [result for result in results if not result.row["flagged"]]
-    return Extraction(report, matches, [result.row for result in flagged + rest])
+    nearest = [results[index].matches[place]["generation"] if index >= 0 else None for index, place in source.tolist()]
+    pictures = PictureFindings(best, nearest, None, np.isin(training.ids, verified))
+    return Extraction(report, matches, pictures, [result.row for result in flagged + rest])
 
 
 def tiled_l2(images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
@@ -134,7 +139,7 @@ def _attack(
     training: Pictures,
     config: ExtractionConfig,
     device: Any,
-) -> tuple[_Prompt, np.ndarray]:
+) -> tuple[_Prompt, SearchResult]:
     images = images() if callable(images) else images
     distance = tiled_l2(images, device)
     joined = distance <= config.edge_threshold
@@ -161,7 +166,15 @@ def _attack(
         "l2": matches[medoid]["l2"] if flagged else None,
         "verified": False,
     }
-    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result.best_distance
+    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result
+
+
+def _nearest(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of every rank's nearest generations the nearest, of the lowest prompt where they are equal."""
+    distance, source = (np.stack(each) for each in zip(*parts, strict=True))
+    first = np.lexsort((source[..., 0], distance), axis=0)[0]
+    column = np.arange(distance.shape[1])
+    return distance[first, column], source[first, column]
 
 
 def _refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:

@@ -146,3 +146,23 @@ def test_tiers_are_named_by_their_sizes():
 def test_bad_settings_name_their_key(key, value):
     with pytest.raises(UserError, match=f"attack.extraction.{key}"):
         ExtractionConfig(**{key: value})
+
+
+def test_what_is_known_of_each_training_picture_equals_loops():
+    training = np.concatenate([fabricated.blobs(4, 14, side=8), fabricated.blobs(4, 1, side=8)])  # 0 twice
+    picture = np.array([*range(14), 0]) + 100
+    generations = np.concatenate([fabricated.noisy(training[:5], 0.05), fabricated.blobs(6, 5, side=8)])
+    names = [f"g{index}" for index in range(10)]
+    result = attack(generations, fabricated.pictures(training, picture), names=names, n=5)
+    near = [dict((row[1], row[0]) for row in brute_force.distinct(image, training, picture)) for image in generations]
+    verified = {picture for match, each in zip(result.matches, near, strict=True) if match["verified"]
+                for picture in [min(each, key=each.get)]}  # fmt: skip
+    for place, number in enumerate(range(100, 114)):
+        distance = [each[number] for each in near]
+        scores = [each[number] / (0.5 * np.mean(sorted(each.values())[:5])) for each in near]
+        asked = {int(np.argmin(distance)), *(i for i, each in enumerate(near) if min(each, key=each.get) == number)}
+        assert result.pictures.l2[place] == pytest.approx(min(distance), rel=1e-6)
+        assert result.pictures.generation[place] == names[int(np.argmin(distance))]
+        assert result.pictures.score[place] == pytest.approx(min(scores[i] for i in asked), rel=1e-6)
+        assert result.pictures.verified[place] == (number in verified)
+    assert (result.pictures.score[result.pictures.verified] <= 1).all() and result.pictures.verified.any()

@@ -86,3 +86,38 @@ def test_bars_carry_their_counts():
     counts = [text.split("/") for text in texts(plots.copies_bars(many)["light"]) if "/" in text]
     assert len(counts) == 8 and np.array(counts, dtype=int).sum(axis=0).tolist() == [10, 40]
     assert plots.copies_bars({}) is None
+
+
+def risk_row(outlierness, score, verified=False, copies=1, l2=0.2):
+    return {"outlierness": outlierness, "adaptive_score": score, "verified": verified, "copies": copies, "l2": l2}
+
+
+def points(themed) -> int:
+    """Marks of a scatter plot in its first colour, the one in the legend among them; ticks have other colours."""
+    return len(re.findall(rf"<use [^>]*fill: {plots.LIGHT['first']}", svg(themed["light"])))
+
+
+def test_risk_scatter():
+    rows = [risk_row(0.1, 1.5), risk_row(0.3, 0.5, True), risk_row(0.2, 0.6, True, 4), risk_row(None, 0.5)]
+    themed = plots.risk_scatter(rows)
+    found = set(texts(themed["light"]))
+    assert {"not extracted", "extracted", "extracted, several copies", "adaptive score"} <= found
+    assert "l2 to the nearest generation" in texts(plots.risk_scatter([risk_row(0.1, None)])["light"])
+    assert plots.risk_scatter([]) is None and plots.risk_scatter([risk_row(None, 0.5)]) is None
+    many = [risk_row(0.1 + i / 1e5, 1.5) for i in range(9000)]
+    assert points(plots.risk_scatter(many)) - points(plots.risk_scatter(many[:1])) == 1800 - 1  # every fifth
+    assert points(plots.risk_scatter(many[:3])) - points(plots.risk_scatter(many[:1])) == 2
+
+
+def test_roc_curves():
+    perfect = (np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0]))
+    weak = (np.array([0.0, 0.001, 0.1, 1.0]), np.array([0.0, 0.01, 0.3, 1.0]))
+    themed = plots.roc_curves({"loss": weak, "lira": perfect})
+    assert {"loss", "lira", "chance", "false-positive rate", "true-positive rate"} <= set(texts(themed["light"]))
+    chance = heights(themed["light"], plots.LIGHT["text"])
+    curve = heights(themed["light"], plots.ARMS[0][0])
+    decade = np.ptp(chance) / 3  # from 0.001 to 1
+    assert chance[0] - curve.min() == pytest.approx(3 * decade, rel=1e-3)  # it ends at (1, 1)
+    at_tenth = chance[0] - 3 * decade - decade * np.log10(0.3)
+    assert np.abs(curve - at_tenth).min() < 0.02 * decade  # and passes 0.3
+    assert plots.roc_curves({}) is None

@@ -131,3 +131,17 @@ def test_no_flagged_prompt_is_a_result_not_an_error():
     report = run([prompt("p", fabricated.blobs(3, 16))], fabricated.pictures(fabricated.blobs(1, 30)), heldout).report
     assert (report["candidates"], report["verified"], report["control"]["p_value"]) == (0, 0, 1.0)
     assert report["rate_ci95"] == [0.0, 0.1]
+
+
+def test_the_nearest_generation_of_each_picture_is_known():
+    training = fabricated.blobs(1, 6)
+    prompts = [prompt(name, fabricated.noisy(np.repeat(training[[row, 5 - row]], 5, axis=0), 0.03, seed=row)) for row, name in
+               enumerate(("one", "two", "three"))]  # fmt: skip
+    found = run(prompts, fabricated.pictures(training)).pictures
+    every = [(name, image) for _, names, images in prompts for name, image in zip(names, images, strict=True)]
+    for row in range(6):
+        near = [min(brute_force.l2(image, view) for view in brute_force.views(training[row])) for _, image in every]
+        assert found.l2[row] == pytest.approx(min(near), rel=1e-6)
+        assert found.generation[row] == every[int(np.argmin(near))][0]
+    assert found.score is None and found.verified.sum() == len({r["record_id"] for r in run(
+        prompts, fabricated.pictures(training)).cliques if r["verified"]})  # fmt: skip
