@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 from scipy.stats import permutation_test
 
 from eval.audit import one_run_lower_bound
@@ -58,7 +57,9 @@ def test_p_value_is_that_of_the_permutations():
     lines = [line(score, "pool") for score in pool] + [line(score, copies=4) for score in found]
     lines += [line(score) for score in pool.min() - np.array([3, 2, 1])]
     figures = report(lines, {})["kinds"]["noise"]["by_copies"]
-    exact = permutation_test((found, pool), lambda x, y: sum((a > y).sum() for a in x), alternative="less", n_resamples=np.inf)
+    exact = permutation_test(
+        (found, pool), lambda x, y: sum((a > y).sum() for a in x), alternative="less", n_resamples=np.inf
+    )
     assert figures["4"]["p_value"] == pytest.approx(exact.pvalue)
     assert figures["1"]["p_value"] == pytest.approx(1 / math.comb(43, 3))
 
@@ -70,7 +71,13 @@ def test_figures_by_copies():
     found = report(lines, {})["kinds"]["noise"]
     assert found["pool"] == 64 and found["ceiling"] == 6
     assert {copies: each["canaries"] for copies, each in found["by_copies"].items()} == {"0": 1, "1": 2, "2": 3}
-    assert found["by_copies"]["2"] | {"p_value": 0} == {"canaries": 3, "median": 5.5, "max": 6.0, "above_5_bits": 2 / 3, "p_value": 0}
+    assert found["by_copies"]["2"] | {"p_value": 0} == {
+        "canaries": 3,
+        "median": 5.5,
+        "max": 6.0,
+        "above_5_bits": 2 / 3,
+        "p_value": 0,
+    }
     assert found["by_copies"]["1"]["median"] == 1.5 and found["trend"]["spearman"] > 0.8
     assert report(lines[:65], {})["kinds"]["noise"]["trend"] is None
 
@@ -87,7 +94,9 @@ def test_the_bound_rests_on_coins_alone():
     included = random.random(1000) < 0.5
     scores = random.normal(size=1000) - 2.5 * included
     coins = [line(score, "coin", included=bool(coin)) for score, coin in zip(scores, included, strict=True)]
-    others = [line(float(score), "pool") for score in random.normal(size=64)] + [line(-50.0, copies=64) for _ in range(100)]
+    others = [line(float(score), "pool") for score in random.normal(size=64)] + [
+        line(-50.0, copies=64) for _ in range(100)
+    ]
     claim = {"epsilon": 1.5, "delta": 1e-5, "unit": "record"}
     found = report(others + coins, claim)["one_run"]
     assert found["epsilon_lower_bound"] == one_run_lower_bound(-scores, included, 1e-5).epsilon > 1.5
@@ -99,15 +108,23 @@ def test_the_bound_rests_on_coins_alone():
 
 
 def test_a_run_without_canaries_has_none(tmp_path):
-    assert measure(tmp_path, SimpleNamespace(data=SimpleNamespace(canaries=None)), Dataset([], np.zeros(0)), None) is None
+    assert (
+        measure(tmp_path, SimpleNamespace(data=SimpleNamespace(canaries=None)), Dataset([], np.zeros(0)), None) is None
+    )
 
 
-PLANT = ["data.canaries.pool=40", "data.canaries.coins=12", "data.phantom.heldout=150", "data.group_key=null"]
+PLANT = ["data.canaries.pool=40", "data.canaries.coins=12", "data.phantom.heldout=64", "data.group_key=null"]
+QUICK = ["model.size=nano", "train.steps=2", "train.heldout_every=0"]
 
 
 def test_both_kinds_in_a_class_conditional_run(tmp_path):
     arguments = opened(
-        tmp_path, *PLANT, "data.canaries.kinds=[noise,heldout]", "data.canaries.copies=[1,3]", "data.label_key=label"
+        tmp_path,
+        *PLANT,
+        *QUICK,
+        "data.canaries.kinds=[noise,heldout]",
+        "data.canaries.copies=[1,3]",
+        "data.label_key=label",
     )
     config, dataset, directory, _, accelerator = arguments
     train_model(*arguments)

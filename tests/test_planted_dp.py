@@ -69,7 +69,9 @@ def test_training_draws_them_and_an_audit_of_training_units_never_does(tmp_path)
     begin(config, dataset, directory, accelerator, defenses)
     defense, planted = defenses[0], set(dataset.rows("canary", kept=True).tolist())
     held = canaries.read(directory.path / canaries.FILE)
-    assert held and not {canary.row for canary in held} & {r for r, record in enumerate(dataset.records) if record.canary}
+    assert held and not {canary.row for canary in held} & {
+        r for r, record in enumerate(dataset.records) if record.canary
+    }
     plan = defense.plan(np.arange(0), 6, 0)
     drawn = np.concatenate([plan.batch(step) for step in range(300)])
     share = [np.isin(drawn, list(planted)).sum() / 300 / len(planted), defense.sample_rate]
@@ -80,7 +82,9 @@ def test_training_draws_them_and_an_audit_of_training_units_never_does(tmp_path)
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_what_is_told_of_a_run_is_the_same_for_all_coins(tmp_path, seed):
-    directory, facts = finish(tmp_path, f"run.seed={seed}", "data.group_key=null", "data.label_key=label", *PLANT, *CHEAP)
+    directory, facts = finish(
+        tmp_path, f"run.seed={seed}", "data.group_key=null", "data.label_key=label", *PLANT, *CHEAP
+    )
     claim = facts["defenses"][0]["claim"]
     assert claim["units"] == 28 + 8 + 30 and claim["sample_rate"] == pytest.approx(6 / 66)
     told = (directory.model / "deffuse.json").read_text()
