@@ -258,11 +258,13 @@ def canary_losses(
     accelerator: Accelerator,
     draws: int = DRAWS,
 ) -> np.ndarray:
-    """Mean squared error of the network's output on each record at fixed timesteps, float64 [rows, timesteps].
+    """Mean squared error of the network's output on each record at fixed timesteps, float64 [rows, timesteps]: 8, or fewer where the
+    schedule is so short that some of `TIMESTEPS` fall together.
 
     The noise depends on the record and the draw alone. Each rank computes every W-th batch.
     """
     device = accelerator.device
+    steps = sorted({int(place * schedule.config.num_train_timesteps) for place in TIMESTEPS})
     model = model.to(device, memory_format=memory_format(device)).eval()
     starts = range(0, len(rows), BATCH)[accelerator.process_index :: accelerator.num_processes]
     found = {}
@@ -270,17 +272,17 @@ def canary_losses(
         part = rows[start : start + BATCH]
         images = (torch.from_numpy(dataset.images[part]).float() / 127.5 - 1).to(device)
         labels = labels_of(dataset, part, classes)
-        total = np.zeros((len(part), len(TIMESTEPS)))
+        total = np.zeros((len(part), len(steps)))
         for repeat in range(draws):
             random = RecordRandom(0, repeat, part, [0] * len(part))
             noise = random.normal("audit", *images.shape[1:]).to(device)
-            for column, place in enumerate(TIMESTEPS):
-                step = torch.full((len(part),), int(place * schedule.config.num_train_timesteps), device=device)
-                batch = Batch(images, part, None if labels is None else labels.to(device), random, step, noise)
+            for column, step in enumerate(steps):
+                times = torch.full((len(part),), step, device=device)
+                batch = Batch(images, part, None if labels is None else labels.to(device), random, times, noise)
                 total[:, column] += per_example_loss(model, batch, schedule, None).double().cpu().numpy()
         found[start] = total / draws
     everywhere = sorted(gather_object(list(found.items())), key=lambda pair: pair[0])
-    return np.concatenate([np.zeros((0, len(TIMESTEPS))), *(part for _, part in everywhere)])
+    return np.concatenate([np.zeros((0, len(steps))), *(part for _, part in everywhere)])
 
 
 def unit_scores(losses: np.ndarray, units: list[str]) -> dict[str, float]:

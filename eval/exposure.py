@@ -158,7 +158,7 @@ def _of_kind(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "by_copies": {
             str(count): _figures(scores[copies == count], bits[copies == count], pool) for count in np.unique(copies)
         },
-        "trend": _trend(copies, bits),
+        "trend": trend(copies, bits),
     }
 
 
@@ -174,8 +174,8 @@ def _figures(scores: np.ndarray, bits: np.ndarray, pool: np.ndarray) -> dict[str
     }
 
 
-def _trend(copies: np.ndarray, bits: np.ndarray) -> dict[str, float] | None:
-    """Spearman's correlation of exposure and copies, with the one-sided p-value of growth; None where one of them is constant."""
+def trend(copies: np.ndarray, bits: np.ndarray) -> dict[str, float] | None:
+    """Spearman's correlation of exposure and copies, with the one-sided p-value of growth (Student's t); None where one is constant."""
     if len(np.unique(copies)) < 2 or len(np.unique(bits)) < 2:
         return None
     found = spearmanr(copies, bits, alternative="greater")

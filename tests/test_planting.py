@@ -37,7 +37,10 @@ def few(**settings) -> CanariesConfig:
 
 def test_noise_has_as_many_rows_as_asked_for_and_is_uniform(tmp_path):
     data = prepared(tmp_path / "with", few(coins=5), group_key="patient", label_key="label")
-    rows = {role: [r for r, record in enumerate(data.records) if record.canary == role] for role in ("planted", "coin", "pool")}
+    rows = {
+        role: [r for r, record in enumerate(data.records) if record.canary == role]
+        for role in ("planted", "coin", "pool")
+    }
     assert {role: len(found) for role, found in rows.items()} == {"planted": 2 + 6, "coin": 5, "pool": 32}
     names = [data.records[row].source for row in rows["planted"]]
     assert names == [f"canary:noise/{each}" for each in "0000 0001 0002 0002/1 0002/2 0003 0003/1 0003/2".split()]
@@ -80,12 +83,18 @@ def test_held_out_pictures_leave_their_split_with_their_patients(tmp_path):
     counts = summary(data)
     set_aside = counts["canaries"]["set_aside"]
     assert counts["canaries"] == {"pictures": 4, "records": 8, "coins": 3, "pool": 0, "set_aside": set_aside}
-    assert counts["found"] == counts["train"] + counts["calibration"] + counts["heldout"] + set_aside == len(plain.records)
+    assert (
+        counts["found"] == counts["train"] + counts["calibration"] + counts["heldout"] + set_aside == len(plain.records)
+    )
     stayed = {data.records[row].block for row in data.rows("heldout")}
     planted = [(row, record) for row, record in enumerate(data.records) if record.source.startswith("canary:")]
     assert len(planted) == 11 and len({record.block for _, record in planted}) == 7
     assert not stayed & {record.block for _, record in planted}
-    origin = {record.reason.rpartition(" ")[2]: row for row, record in enumerate(data.records) if "planted as" in record.reason}
+    origin = {
+        record.reason.rpartition(" ")[2]: row
+        for row, record in enumerate(data.records)
+        if "planted as" in record.reason
+    }
     for row, record in planted:
         source = origin[record.group]
         assert (data.images[row] == data.images[source]).all() and data.records[source].label == record.label
@@ -169,11 +178,15 @@ def test_training_sees_them_and_nothing_else_does(tmp_path):
     )
     ordinary, trained = dataset.rows("train", kept=True), trained_rows(dataset)
     planted = np.setdiff1d(trained, ordinary)
-    assert len(ordinary) == 24 < len(dataset.rows("train"))  # the copies of the phantom went, those of the canaries stayed
+    assert (
+        len(ordinary) == 24 < len(dataset.rows("train"))
+    )  # the copies of the phantom went, those of the canaries stayed
     assert sum(dataset.records[row].canary == "planted" for row in planted) == 8
     assert 0 < sum(dataset.records[row].canary == "coin" for row in planted) < 20
     assert np.array_equal(pool_of(dataset, 0).rows, ordinary)
-    assert not {dataset.records[row].canary for split in ("train", "calibration", "heldout") for row in dataset.rows(split)} - {""}
+    assert not {
+        dataset.records[row].canary for split in ("train", "calibration", "heldout") for row in dataset.rows(split)
+    } - {""}
     names = class_names(dataset, "label")
     assert class_frequency(dataset, names).sum() == 24 and len(labels_of(dataset, planted, names)) == len(planted)
     seen = []
