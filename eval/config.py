@@ -9,6 +9,8 @@ from defenses import registry
 from defenses.errors import UserError
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
+from eval.membership import MembershipConfig
+from eval.membership import check as check_membership
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from train.diffusion import native_precision
@@ -41,6 +43,7 @@ class AttackConfig:
     """Section ``attack``: null switches an attack off; its part of the report is then null."""
 
     extraction: ExtractionConfig | None = field(default_factory=ExtractionConfig)
+    membership: MembershipConfig | None = None
 
 
 SECTIONS: dict[str, type] = {
@@ -72,6 +75,8 @@ def check(config: SimpleNamespace) -> None:
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
     check_along(config, foreign)
+    if config.attack.membership is not None:
+        check_membership(config)
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
-from eval import samples
+from eval import denoiser, membership, samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
@@ -22,6 +22,7 @@ from eval.extraction import Extraction
 from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
 from eval.report import render
+from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
@@ -57,6 +58,11 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
+    if config.attack.membership is not None and target.pipeline is not None:
+        shape = (config.data.channels, config.data.image_size, config.data.image_size)
+        with timed(output, "membership_seconds", accelerator):
+            access = denoiser.load(target.pipeline, shape, accelerator.device)
+            found.membership = membership.run(Scene(target, config, accelerator, access, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
         found.utility = quality_of(images, target.dataset, config, accelerator)
         if found.utility is not None:
@@ -81,6 +87,7 @@ class Findings:
     extraction: Extraction | None = None
     unguarded: dict[str, Any] | None = None  # privacy.extraction of the same model without the defenses of seam 6
     audit: RunAudit | None = None
+    membership: Finding | None = None
     utility: dict[str, Any] | None = None
     along: list[dict[str, Any]] = field(default_factory=list)
 
@@ -163,7 +170,8 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
-            "membership": None,
+            "membership": found.membership.report if found.membership else None,
+            **(found.membership.beside if found.membership else {}),
             "inpainting": None,
             "canaries": None,
             "audit": found.audit.report if found.audit else None,
@@ -175,6 +183,7 @@ def assemble(
             "images_per_second": facts["images_seen"] / train_seconds if train_seconds else None,
             "generate_seconds": progress.get("generate_seconds"),
             "attack_seconds": progress.get("attack_seconds"),
+            "membership_seconds": progress.get("membership_seconds"),
             "along_seconds": progress.get("along_seconds"),
             "peak_memory_bytes": max(facts.get("peak_memory_bytes", 0), peak_memory(accelerator)),
         },
@@ -199,6 +208,10 @@ def write(target: Target, config: SimpleNamespace, report: dict[str, Any], found
     if audit is not None:
         output.attack.mkdir(exist_ok=True)
         write_csv(output.attack / "audit.csv", CANARIES, audit.table)
+    if found.membership is not None:
+        output.attack.mkdir(exist_ok=True)
+        for name, (columns, rows) in found.membership.tables.items():
+            write_csv(output.attack / name, columns, rows)
     row_of = {record.record_id: row for row, record in enumerate(target.dataset.records)}
     render(
         output.path,
