@@ -73,7 +73,7 @@ def noise(count, seed=0, side=8):
 def test_a_model_that_knows_its_pictures_by_heart_is_recognised_by_every_attack():
     """64 trained, 1,000 not: the planted truth of the issue, with the denoiser that training strives for."""
     images = noise(1064)
-    found = membership.run(scene_of(remembering(images[:64]), dataset_of(images, 64), batch_size=256, draws=2))
+    found = membership.run(scene_of(remembering(images[:64]), dataset_of(images, 64), batch_size=256, draws=1))
     assert [entry["attack"] for entry in found.report] == [name for name in ATTACKS if name not in CAPTIONED]
     for entry in found.report:
         assert (entry["members"], entry["nonmembers"], entry["unit"]) == (64, 1000, "record")
@@ -90,10 +90,10 @@ def test_a_model_that_knows_its_pictures_by_heart_is_recognised_by_every_attack(
 def test_an_untrained_model_gives_half():
     torch.manual_seed(0)
     denoiser = of_network(unet(), denoiser_config("v_prediction"), (1, 8, 8), CPU)
-    found = membership.run(scene_of(denoiser, dataset_of(noise(260), 130), draws=1, gradient_timesteps=1))
+    found = membership.run(scene_of(denoiser, dataset_of(noise(160), 80), draws=1, gradient_timesteps=1))
     for entry in found.report:
         low, high = entry["auc_ci95"]
-        assert low < 0.5 < high and high - low < 0.2, entry["attack"]
+        assert low < 0.5 < high and high - low < 0.25, entry["attack"]
     assert found.beside["membership_check"]["passed"] and found.beside["set_test"]["p_value"] > 0.01
 
 
@@ -145,7 +145,14 @@ def test_mirror_images_are_asked_about_where_they_were_trained_on():
         (AugmentConfig(), None, None, 1), (None, None, True, 2), (AugmentConfig(), "run", False, 1),
     ]:  # fmt: skip
         scene = scene_of(
-            remembering(images[:6]), dataset_of(images, 6), augment, run, attacks=["loss-strong"], draws=3, flips=flips
+            remembering(images[:6]),
+            dataset_of(images, 6),
+            augment,
+            run,
+            attacks=["loss-strong"],
+            draws=3,
+            flips=flips,
+            set_test=False,
         )
         (entry,) = membership.run(scene).report
         assert entry["settings"]["views"] == views and entry["queries"] == 3 * views
@@ -153,10 +160,8 @@ def test_mirror_images_are_asked_about_where_they_were_trained_on():
 
 def test_members_are_as_many_as_asked_for_and_the_same_again():
     images = noise(60)
-    ask = lambda: membership.run(
-        scene_of(remembering(images[:30]), dataset_of(images, 30), attacks=["sima"], records=20)
-    )  # noqa: E731
-    first, again = ask(), ask()
+    scene = scene_of(remembering(images[:30]), dataset_of(images, 30), attacks=["sima"], records=20, set_test=False)
+    first, again = membership.run(scene), membership.run(scene)
     assert first.report == again.report and first.tables == again.tables
     assert (first.report[0]["members"], first.report[0]["nonmembers"]) == (20, 20)
 
