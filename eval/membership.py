@@ -35,14 +35,13 @@ class MembershipConfig:
 
     attacks: list[str] | None = None  # names; null: all that apply to the model
     records: int = 1000  # distinct pictures of either side at most, drawn at random, patients whole
-    # of the noise, for loss-strong; the paper takes 20, which costs 40 passes a record with flips
-    draws: int = 4
+    draws: int = 4  # of the noise, for loss-strong; the paper takes 20
     # whether loss-strong also asks about the mirror image; null: where the run mirrored its training pictures. For a model that
     # never saw them mirrored the second view only adds noise (docs/membership.md)
     flips: bool | None = None
     # places of the schedule for loss-grid and the set test, in [0, 1)
-    grid: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
-    gradient_timesteps: int = 3  # for gsa-norm, equally spaced; each costs three passes
+    grid: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4, 0.6, 0.8])
+    gradient_timesteps: int = 2  # for gsa-norm, equally spaced; each costs three passes
     set_test: bool = True  # how many pictures of one owner it takes to be recognised together
     batch_size: int = 64  # images in one pass of the network
     lira: LiraConfig | None = None  # attacks with shadow models, which are trained for it; null: none
