@@ -75,15 +75,8 @@ def check(config: SimpleNamespace) -> None:
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
     check_along(config, foreign)
-    membership = config.attack.membership
-    if membership is not None:
+    if config.attack.membership is not None:
         check_membership(config)
-        if membership.lira is not None and foreign is not None:
-            raise UserError(
-                "attack.membership.lira",
-                "needs the trainer of a run of ours: nobody knows how this model was trained",
-                "set it to null",
-            )
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",

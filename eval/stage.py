@@ -14,15 +14,13 @@ from accelerate import Accelerator
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
-from eval import membership, samples
+from eval import denoiser, membership, samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
-from eval.denoiser import load
 from eval.extraction import Extraction
 from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
-from eval.replay import restore_kept
 from eval.report import render
 from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
@@ -60,13 +58,11 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
-    if config.attack.membership is not None:
-        if target.run is not None:
-            restore_kept(target.dataset, target.run.manifest)
+    if config.attack.membership is not None and target.pipeline is not None:
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        white = load(target.pipeline, shape, accelerator.device) if target.pipeline is not None else None
         with timed(output, "membership_seconds", accelerator):
-            found.membership = membership.run(Scene(target, config, accelerator, white, images, found.extraction))
+            access = denoiser.load(target.pipeline, shape, accelerator.device)
+            found.membership = membership.run(Scene(target, config, accelerator, access, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
         found.utility = quality_of(images, target.dataset, config, accelerator)
         if found.utility is not None:
@@ -187,6 +183,7 @@ def assemble(
             "images_per_second": facts["images_seen"] / train_seconds if train_seconds else None,
             "generate_seconds": progress.get("generate_seconds"),
             "attack_seconds": progress.get("attack_seconds"),
+            "membership_seconds": progress.get("membership_seconds"),
             "along_seconds": progress.get("along_seconds"),
             "peak_memory_bytes": max(facts.get("peak_memory_bytes", 0), peak_memory(accelerator)),
         },
