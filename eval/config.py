@@ -77,6 +77,12 @@ def check(config: SimpleNamespace) -> None:
     check_along(config, foreign)
     if config.attack.membership is not None:
         check_membership(config)
+        if config.attack.membership.lira is not None and foreign is not None:
+            raise UserError(
+                "attack.membership.lira",
+                "needs the trainer of a run of ours: nobody knows how this model was trained",
+                "set it to null",
+            )
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",
