@@ -132,8 +132,15 @@ def check_white_box(config: SimpleNamespace) -> None:
         raise UserError(
             f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
         )
-    if config.attack.membership is not None:
-        check_membership(config)
+    if config.attack.membership is None:
+        return
+    check_membership(config)
+    if config.attack.membership.lira is not None and getattr(config, "pipeline", None) is not None:
+        raise UserError(
+            "attack.membership.lira",
+            "needs the trainer of a run of ours: nobody knows how this model was trained",
+            "set it to null",
+        )
 
 
 def check_copy_metrics(config: SimpleNamespace, foreign: str | None) -> None:

@@ -102,7 +102,7 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Den
         if name == GAN_PIPELINE:
             raise _unknown(folder, "a GAN, which predicts no noise")
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
         )
     except UserError:
         raise

@@ -21,6 +21,7 @@ class Scores:
         queries: passes of the network for one record.
         settings: everything that decides the values.
         more: further fields of the entry.
+        parts: losses that the score sums up, float64 [N, P]; None: it has no parts.
     """
 
     attack: str
@@ -29,6 +30,7 @@ class Scores:
     settings: dict[str, Any]
     access: str = "weights"
     more: dict[str, Any] = field(default_factory=dict)
+    parts: np.ndarray | None = None
 
 
 def entries(scores: Scores, who: Candidates) -> list[dict[str, Any]]:

@@ -60,12 +60,13 @@ class ShadowScores:
     Attributes:
         scores: attack -> float64 [N], larger for a member: those of `scores`, and ``gsa``.
         vs_loss: attack -> the paired test of its AUC against that of the loss threshold under the same draws and views
-            (`eval.roc.paired_delong`), with that attack's name (``loss`` or ``loss-strong``) under ``attack``.
+            (`eval.roc.paired_delong`), with that attack's name (``loss`` or ``loss-strong``) under ``attack``; None where a
+            score is NaN.
         settings: of all of them, JSON values.
     """
 
     scores: dict[str, np.ndarray]
-    vs_loss: dict[str, dict[str, Any]]
+    vs_loss: dict[str, dict[str, Any] | None]
     settings: dict[str, Any]
 
 
@@ -116,7 +117,7 @@ def shadow_attacks(
     return ShadowScores(found, _against_loss(found, own, who), settings)
 
 
-def _against_loss(found: dict[str, np.ndarray], own: np.ndarray, who: Candidates) -> dict[str, dict[str, Any]]:
+def _against_loss(found: dict[str, np.ndarray], own: np.ndarray, who: Candidates) -> dict[str, dict[str, Any] | None]:
     """Each attack against the threshold on what it was given: one loss, or the mean over draws and views."""
     member, groups = who.member, None
     if who.grouped:
@@ -127,7 +128,8 @@ def _against_loss(found: dict[str, np.ndarray], own: np.ndarray, who: Candidates
             ("loss", own[:, 0, 0]) if name in ("lira", "lira-offline") else ("loss-strong", own.mean((1, 2)))
         )
         sides = score[member], score[~member], -loss[member], -loss[~member]
-        result[name] = {"attack": threshold, **paired_delong(*sides, groups)}
+        usable = not np.isnan(score + loss).any()
+        result[name] = {"attack": threshold, **paired_delong(*sides, groups)} if usable else None
     return result
 
 

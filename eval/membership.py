@@ -1,7 +1,7 @@
 """Membership inference: which pictures a model was trained on, by attacks with access to its weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,12 @@ from defenses.errors import UserError
 from defenses.references import Rows
 from eval.clid import KEPT, MIX, PLACES, clid
 from eval.entries import Scores, curves, entries, risks
-from eval.exchangeable import blind_check
+from eval.exchangeable import blind_check, not_checked
 from eval.gradients import equally_spaced, gradient_features
-from eval.members import candidates, conditions
+from eval.lira import LiraConfig, shadow_attacks
+from eval.members import Candidates, candidates, conditions
 from eval.scores import Probe, loss_values, pia, secmi, sima, standardised
+from eval.setlevel import set_report
 from eval.suite import Finding, Scene
 
 ATTACKS = (
@@ -33,13 +35,16 @@ class MembershipConfig:
 
     attacks: list[str] | None = None  # names; null: all that apply to the model
     records: int = 1000  # distinct pictures of either side at most, drawn at random, patients whole
-    # of the noise, for loss-strong; the paper takes 20, which costs 40 passes a record with flips
-    draws: int = 4
-    flips: bool = True  # loss-strong also asks about the mirror image, as for models trained with mirrored pictures
+    draws: int = 4  # of the noise, for loss-strong; the paper takes 20
+    # whether loss-strong also asks about the mirror image; null: where the run mirrored its training pictures. For a model that
+    # never saw them mirrored the second view only adds noise (docs/membership.md)
+    flips: bool | None = None
     # places of the schedule for loss-grid and the set test, in [0, 1)
-    grid: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
-    gradient_timesteps: int = 3  # for gsa-norm, equally spaced; each costs three passes
+    grid: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4, 0.6, 0.8])
+    gradient_timesteps: int = 2  # for gsa-norm, equally spaced; each costs three passes
+    set_test: bool = True  # how many pictures of one owner it takes to be recognised together
     batch_size: int = 64  # images in one pass of the network
+    lira: LiraConfig | None = None  # attacks with shadow models, which are trained for it; null: none
 
     def __post_init__(self):
         unknown = sorted(set(self.attacks or ()) - set(ATTACKS))
@@ -80,38 +85,71 @@ def run(scene: Scene) -> Finding | None:
     """Scores members and non-members by every attack, on all ranks; each returns the same.
 
     Returns:
-        ``report``: `entries` of every attack, or None where one side is empty; ``beside``: the i.i.d. check; ``tables``:
-        membership.csv and roc.csv. None without white-box access.
+        ``report``: `entries` of every attack, or None where one side is empty; ``beside``: ``membership_check``, the i.i.d.
+        check, and ``set_test`` (`eval.setlevel`); ``tables``: membership.csv and roc.csv. None without white-box access.
     """
     if scene.denoiser is None:
         return None
     settings, seed, dataset = scene.config.attack.membership, scene.config.run.seed, scene.target.dataset
     who = candidates(dataset, settings.records, seed)
-    images = Rows(dataset.images, who.rows)
-    found = blind_check(images, who, scene.config.data.exchangeable(), seed, scene.accelerator)
     if who.member.all() or not who.member.any():
         side = "held-out" if who.member.all() else "training"
-        return Finding(None, beside={"membership_check": found | {"note": f"there are no {side} pictures"}})
+        return Finding(None, beside={"membership_check": not_checked(f"there are no {side} pictures")})
+    images = Rows(dataset.images, who.rows)
+    checked = blind_check(images, who, scene.config.data.exchangeable(), seed, scene.accelerator)
+    flips = mirrors(scene) if settings.flips is None else settings.flips
     told = conditions(scene.denoiser, who.records)
     probe = Probe(scene.denoiser, images, told, who.rows, seed, scene.accelerator, settings.batch_size)
-    measured = measure(probe, settings)
+    measured, features = measure(probe, replace(settings, flips=flips))
+    if settings.lira is not None:
+        measured += _with_shadows(scene, who, settings, flips)
+    sides = (who.block[who.member], who.block[~who.member]) if who.grouped else None
+    usable = settings.set_test and np.isfinite(features).all()
+    together = set_report(features[who.member], features[~who.member], sides, seed=seed) if usable else None
     return Finding(
         report=[entry for scores in measured for entry in entries(scores, who)],
         tables={"membership.csv": risks(measured, who), "roc.csv": curves(measured, who)},
-        beside={"membership_check": found},
+        beside={"membership_check": checked, "set_test": together},
     )
 
 
-def measure(probe: Probe, settings: MembershipConfig) -> list[Scores]:
-    """Scores of all chosen attacks, in the order of ATTACKS."""
+def mirrors(scene: Scene) -> bool:
+    """Whether the run showed the model mirror images; False for a model that somebody else trained."""
+    augment = getattr(scene.config.defenses, "augment", None) if scene.target.run is not None else None
+    return augment is not None and augment.flip_probability > 0
+
+
+def _with_shadows(scene: Scene, who: Candidates, settings: MembershipConfig, flips: bool) -> list[Scores]:
+    """LiRA and GSA, with their comparison against the plain threshold (`eval.lira`)."""
+    draws, views = settings.draws, 2 if flips else 1
+    shadows = shadow_attacks(
+        scene, scene.denoiser, who, settings.lira, draws=draws, flips=flips, batch=settings.batch_size
+    )
+    single = {"lira": 1, "lira-offline": 1, "gsa": shadows.settings["gradient_timesteps"]}
+    return [
+        Scores(
+            name, values, single.get(name, draws * views), shadows.settings, "weights and shadow models",
+            {"vs_loss": shadows.vs_loss[name]},
+        )
+        for name, values in shadows.scores.items()
+    ]  # fmt: skip
+
+
+def measure(probe: Probe, settings: MembershipConfig) -> tuple[list[Scores], np.ndarray]:
+    """Scores of all chosen attacks, in the order of ATTACKS, and the features for the set test, float64 [N, F].
+
+    Features are the losses of the grid, each by itself, and the other scores.
+    """
     chosen = settings.chosen(probe.denoiser.kind)
     found: dict[str, Scores] = {}
     works = [work for names, work in FAMILIES if set(names) & set(chosen)]
     for work in tqdm(works, desc="membership", disable=not probe.accelerator.is_main_process):
         found |= {scores.attack: scores for scores in work(probe, settings)}
     for scores in found.values():
-        scores.settings |= {"condition": "none" if probe.denoiser.kind == "none" else "own"} | scores.settings
-    return [found[name] for name in chosen]
+        scores.settings = {"condition": "none" if probe.denoiser.kind == "none" else "own"} | scores.settings
+    every = [found[name] for name in chosen]
+    columns = [each.values[:, None] if each.parts is None else -each.parts for each in every]
+    return every, np.concatenate(columns, axis=1)
 
 
 def _losses(probe: Probe, settings: MembershipConfig) -> list[Scores]:
@@ -126,8 +164,7 @@ def _losses(probe: Probe, settings: MembershipConfig) -> list[Scores]:
 
 def _null(probe: Probe, settings: MembershipConfig) -> list[Scores]:
     """The same mean under the empty caption: what can be told without knowing a picture's caption."""
-    unaware = Probe(**vars(probe) | {"conditions": [""] * len(probe.rows)})
-    losses, facts = _at_place(unaware, settings)
+    losses, facts = _at_place(replace(probe, conditions=[""] * len(probe.rows)), settings)
     return [Scores("loss-strong-null", -losses.mean((1, 2)), losses[0].size, facts | {"condition": "null"})]
 
 
@@ -149,7 +186,7 @@ def _grid(probe: Probe, settings: MembershipConfig) -> list[Scores]:
     timesteps = [probe.denoiser.timestep(place) for place in settings.grid]
     losses = _ask(probe, timesteps, 1, False)[:, :, 0, 0]
     facts = {"timesteps": timesteps, "draws": 1, "views": 1, "scaled": "over members and non-members together"}
-    return [Scores("loss-grid", standardised(losses), len(timesteps), facts)]
+    return [Scores("loss-grid", standardised(losses), len(timesteps), facts, parts=losses)]
 
 
 def _secmi(probe: Probe, settings: MembershipConfig) -> list[Scores]:

@@ -28,6 +28,7 @@ from eval.target import Target
 from train import cli
 from train import config as configuration
 from train.data import prepare
+from train.loop import Interrupted
 from train.manifest import write_manifest
 from train.runlog import RunConfig, RunDirectory
 from train.stage import SIDECAR
@@ -132,7 +133,11 @@ def finish(output: RunDirectory, accelerator, target, config: SimpleNamespace) -
     if output.report.exists():
         accelerator.print(f"all done: {output.path / 'report.html'}")
         return 0
-    evaluate(target(), config, accelerator)
+    try:
+        evaluate(target(), config, accelerator)
+    except Interrupted as stop:
+        accelerator.print(f"{stop}; the same command resumes")
+        return 1
     accelerator.print(f"report: {output.path / 'report.html'}")
     accelerator.end_training()
     return 0

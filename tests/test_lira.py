@@ -5,8 +5,16 @@ import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from defenses.errors import UserError
-from eval.lira import LiraConfig, likelihood_ratio, one_sided, scores
+from eval.denoiser import load
+from eval.gradients import gradient_features
+from eval.lira import LiraConfig, likelihood_ratio, one_sided, scores, shadow_attacks
+from eval.members import candidates
+from eval.roc import paired_delong
+from eval.scores import loss_values
 from eval.shadows import halves
+from eval.suite import Scene
+from tests.test_shadows import run
+from train.loop import Trainer
 
 
 def auc(score, member):
@@ -127,3 +135,55 @@ def test_settings():
     for wrong in (2, 5, 0, -4):
         with pytest.raises(UserError, match=r"attack\.membership\.lira\.shadows: is .*even"):
             LiraConfig(shadows=wrong)
+
+
+@pytest.mark.slow
+def test_shadows_of_a_run_answer_for_its_records(tmp_path, monkeypatch):
+    """Scores from the saved models, read back one by one; the second time nothing is trained and no shadow asked again."""
+    target, config, accelerator = run(tmp_path)
+    who = candidates(target.dataset, 4, 0)
+    model = load(target.pipeline, (1, 16, 16), accelerator.device)
+    scene = Scene(target, config, accelerator, model, None, None)
+    told = {"draws": 2, "flips": True, "batch": 8}
+    found = shadow_attacks(scene, model, who, LiraConfig(shadows=4), **told)
+
+    pictures, single = target.dataset.images[who.rows], {"accelerator": accelerator, "seed": 0, "batch": 8}
+    folders = [target.run.path / "shadows" / f"0{number}" / "model" for number in range(4)]
+    models = [load(folder, (1, 16, 16), accelerator.device) for folder in folders]
+    nothing = [None] * len(who)
+    losses = [
+        loss_values(each, pictures, nothing, who.rows, timesteps=[100], draws=2, flips=True, **single)[:, 0]
+        for each in [model, *models]
+    ]
+    pool = np.array([row for row, record in enumerate(target.dataset.records) if record.split in ("train", "heldout")])
+    block = np.array([target.dataset.records[row].block for row in pool])
+    trained = halves(block, 4, 0)[:, np.searchsorted(pool, who.rows)]
+    expected = scores(losses[0], np.stack(losses[1:]), trained, LiraConfig(shadows=4))
+    assert list(found.scores) == [*expected, "gsa"]
+    for name, values in expected.items():
+        assert found.scores[name] == pytest.approx(values), name
+    test = paired_delong(
+        *(
+            values[side]
+            for values in (found.scores["lira-strong"], -losses[0].mean((1, 2)))
+            for side in (who.member, ~who.member)
+        ),
+        (who.block[who.member], who.block[~who.member]),
+    )
+    assert (
+        found.vs_loss["lira-strong"] == {"attack": "loss-strong", **test} and found.vs_loss["lira"]["attack"] == "loss"
+    )
+    assert (
+        found.settings["shadows"] == 4
+        and found.settings["variance"] == "global"
+        and found.settings["timesteps"] == [100]
+    )
+    spaced = [50 + 100 * place for place in range(10)]
+    norms = gradient_features(models[3], pictures, nothing, who.rows, timesteps=spaced, **single)
+    with np.load(folders[3].parent / "gradients.npz") as kept:
+        assert kept["values"] == pytest.approx(norms)
+
+    monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr("eval.shadows.load", lambda *rest: pytest.fail("asked again"))
+    again = shadow_attacks(scene, model, who, LiraConfig(shadows=4), **told)
+    assert all((again.scores[name] == values).all() for name, values in found.scores.items())

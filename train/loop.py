@@ -255,7 +255,7 @@ class Interrupted(Exception):
 
     def __init__(self, step: int):
         self.step = step
-        super().__init__(f"stopped at step {step}")
+        super().__init__(f"stopped after the checkpoint of step {step}")
 
 
 @contextmanager

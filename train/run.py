@@ -48,10 +48,10 @@ def main(arguments: cli.Arguments) -> int:
         write_manifest(dataset, directory.manifest)
     try:
         train_model(config, dataset, directory, defenses, accelerator)
+        run_evaluation(directory, config, accelerator)
     except Interrupted as stop:
-        accelerator.print(f"stopped after the checkpoint of step {stop.step}; the same command resumes")
+        accelerator.print(f"{stop}; the same command resumes")
         return 1
-    run_evaluation(directory, config, accelerator)
     accelerator.print(f"report: {directory.path / 'report.html'}")
     accelerator.end_training()
     return 0
