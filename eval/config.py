@@ -52,6 +52,7 @@ class AttackConfig:
     # what is remembered of the pictures that data.canaries plants; without such pictures nothing
     canaries: ExposureConfig | None = field(default_factory=ExposureConfig)
     copy_metrics: CopyMetricsConfig | None = None  # other metrics of copying on the matches of the extraction attack
+    risk: bool = True  # joins what was found, picture by picture
 
 
 SECTIONS: dict[str, type] = {

@@ -73,6 +73,12 @@ def check(config: SimpleNamespace) -> None:
         UserError: attack.membership.
     """
     data = config.data
+    if getattr(config, "pipeline", None) is not None and data.heldout_source is None:
+        raise UserError(
+            "attack.membership",
+            "needs pictures that the model never saw",
+            "give data.heldout_source, or set it to null",
+        )
     none = data.heldout_source is None and data.split_key is None
     if none and (data.phantom.heldout if data.source == "phantom" else data.heldout_fraction) == 0:
         key = "data.phantom.heldout" if data.source == "phantom" else "data.heldout_fraction"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import copymetrics, denoiser, exposure, inpainting, membership
+from eval import copymetrics, denoiser, exposure, inpainting, membership, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
 from eval.target import pictures_of, timed
@@ -14,7 +14,7 @@ from eval.target import pictures_of, timed
 def run_parts(scene: Scene) -> dict[str, Finding]:
     """Runs what ``attack`` asks for, on all ranks; part of ``privacy`` in report.json -> what was found.
 
-    A part that does not apply (no weights, no canaries, no extraction to judge) is left out.
+    A part that does not apply (no weights, no canaries, no extraction to judge) is left out. Risk comes last: it joins the others.
     """
     settings, found = scene.config.attack, {}
     for name, run in PARTS.items():
@@ -24,6 +24,9 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
             finding = run(scene)
         if finding is not None:
             found[name] = finding
+    if settings.risk and (scene.extraction is not None or found):
+        with timed(scene.target.output, "risk_seconds", scene.accelerator):
+            found["risk"] = _risk(scene, found)
     return found
 
 
@@ -54,6 +57,23 @@ def _copy_metrics(scene: Scene) -> Finding | None:
         generations, names, scene.extraction.matches, *splits, config.attack.copy_metrics, scene.accelerator
     )
     return Finding(report, {"copy_metrics.csv": (copymetrics.COLUMNS, rows)})
+
+
+def _risk(scene: Scene, found: dict[str, Finding]) -> Finding:
+    """What all the others found, picture by picture (`eval.risk`)."""
+    training = pictures_of(scene.target.dataset, "train")
+    rows = {
+        name: found[name].tables[f"{name}.csv"][1] if f"{name}.csv" in found[name].tables else []
+        for name in ("membership", "inpainting", "copy_metrics")
+        if name in found
+    }
+    copied = (found["copy_metrics"].report, rows["copy_metrics"]) if "copy_metrics" in found else None
+    members = rows.get("membership", [])
+    table = risk.risk_table(
+        training, scene.extraction, members, rows.get("inpainting", []), copied, accelerator=scene.accelerator
+    )
+    report = risk.risk_report(table, training, members, seed=scene.config.run.seed)
+    return Finding(report, {"risk.csv": (risk.COLUMNS, table)})
 
 
 PARTS: dict[str, Callable[[Scene], Finding | None]] = {

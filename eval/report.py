@@ -22,6 +22,8 @@ NAMING = (
     "run.command", "data.source", "data.generations_rejected", "privacy.inpainting.examples",
     "privacy.copy_metrics.disagreements", "privacy.risk.top",
 )  # fmt: skip
+# the curves that are drawn first, where there are more than a plot holds
+PLOTTED = ("lira-strong", "gsa", "lira", "loss-strong", "loss", "loss-grid", "gsa-norm", "clid", "secmi", "pia")
 BULKY = ("privacy.inpainting.pairs",)  # left out of the list of all fields
 
 Images = Callable[[str], np.ndarray]  # record_id -> uint8 [C, H, W]
@@ -86,7 +88,8 @@ def render(
         histogram=plots.match_histogram(matches, verify_l2),
         copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
         memorisation=_memorisation(report),
-        roc_plot=None,
+        roc_plot=plots.roc_curves(_curves(run_dir)),
+        risk_plot=plots.risk_scatter(_risks(run_dir)),
         reconstructions=_reconstructions(run_dir, report, None if restricted else images),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
@@ -157,6 +160,26 @@ def _reconstructions(run_dir: Path, report: dict[str, Any], images: Images | Non
     shown = [(row, fill) for row, fill in shown if fill is not None]
     pictures = evidence.encode([each for row, fill in shown for each in (fill, images(row["record_id"]))], BUDGET_BYTES)
     return [row | {"fill": pictures[2 * i], "original": pictures[2 * i + 1]} for i, (row, _) in enumerate(shown)]
+
+
+def _curves(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both rates of every attack per record, from attack/roc.csv, those of shadow models first."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in evidence.read_table(run_dir / "attack" / "roc.csv"):
+        if row["unit"] == "record":
+            points.setdefault(row["attack"], []).append((float(row["fpr"]), float(row["tpr"])))
+    names = sorted(points, key=lambda name: PLOTTED.index(name) if name in PLOTTED else len(PLOTTED))
+    return {attackwords.NAMES.get(name, name): tuple(np.array(points[name]).T) for name in names}
+
+
+def _risks(run_dir: Path) -> list[dict[str, Any]]:
+    """What a plot needs of attack/risk.csv; an empty cell is None."""
+    rows = evidence.read_table(run_dir / "attack" / "risk.csv")
+    return [
+        {name: float(row[name]) if row[name] else None for name in ("outlierness", "l2", "adaptive_score", "copies")}
+        | {"verified": row["verified"] == "true"}
+        for row in rows
+    ]
 
 
 def _cliques(run_dir: Path, restricted: bool, most: int = 50) -> list[dict[str, str]]:

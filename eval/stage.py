@@ -169,7 +169,7 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
-            **dict.fromkeys(PARTS),
+            **dict.fromkeys((*PARTS, "risk")),
             **{name: finding.report for name, finding in found.parts.items()},
             **{name: part for finding in found.parts.values() for name, part in finding.beside.items()},
             "audit": found.audit.report if found.audit else None,
