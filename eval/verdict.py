@@ -22,7 +22,10 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         heads = {"none": f"No training picture was extracted, but {known}", None: known[0].upper() + known[1:]}
         level, title = "unclear", heads.get(level, f"{title}; {known}")
     if level is None:
-        level, title = "unclear", "Extraction was not measured"
+        level, title = (
+            "unclear",
+            "Extraction was not measured" if privacy.get("membership") else "Leakage was not measured",
+        )
     return {"level": level, "title": title, "sentences": [*sentences, *attackwords.sentences(privacy)]}
 
 

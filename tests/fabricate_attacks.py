@@ -1,0 +1,131 @@
+"""Parts of report.json and tables of the attacks beyond extraction, with numbers that no other part has."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train.files import write_csv
+
+SECRET = "rec017"  # a record id that restricted pages must not show
+
+
+def fabricate_attacks(folder: Path) -> dict[str, Any]:
+    """Parts of ``privacy``; the tables and pictures that the page reads are written below ``folder``."""
+    (folder / "inpainting").mkdir(parents=True)
+    Image.fromarray(np.full((32, 32), 77, np.uint8)).save(folder / "inpainting" / "000017.png")
+    curve = [{"attack": "loss-strong", "unit": "record", "fpr": x, "tpr": y} for x, y in ((0, 0), (0.02, 0.4), (1, 1))]
+    write_csv(folder / "attack" / "roc.csv", ["attack", "unit", "fpr", "tpr"], curve)
+    risk = [_risk(rank) for rank in range(1, 4)]
+    write_csv(folder / "attack" / "risk.csv", list(risk[0]), risk)
+    return {
+        "membership": [
+            _entry("loss-strong", 0.8123),
+            _entry("lira-strong", 0.9234) | {"vs_loss": VS_LOSS},
+            _entry("loss-strong", 0.8345) | {"unit": "group", "members": 29, "nonmembers": 23},
+        ],
+        "membership_check": {"passed": True, "note": "", "exchangeable": True}
+        | {"blind_auc": 0.5123, "blind_ci95": [0.4567, 0.5678], "blind_method": "DeLong"},
+        "set_test": {"p_value": 0.0021, "records_needed_50": 13, "records_needed_99": 57, "alpha": 0.01, "suspects": 39},
+        "inpainting": _inpainting(),
+        "canaries": _canaries(),
+        "copy_metrics": _copy_metrics(),
+        "risk": {
+            "pictures": 3,
+            "rank_rule": "verified first",
+            "outlierness": "mean l2 to the nearest 10",
+            "membership_attack": "lira-strong",
+            "recognised_fpr": 0.01,
+            "by_outlierness": [{"from": 0.1111, "to": 0.2222, "pictures": 3, "verified": RATE, "recognised": None}],
+            "by_copies": [{"copies": 12, "pictures": 3, "verified": RATE, "recognised": RATE}],
+            "correlation": [
+                {"x": "outlierness", "y": "adaptive_score", "rho": 0.3456, "ci95": [0.21, 0.47], "p_value": 0.0043, "n": 37}
+            ],
+            "top": risk,
+        },
+    }  # fmt: skip
+
+
+RATE = {"n": 3, "count": 1, "rate": 1 / 3, "ci95": [0.0614, 0.7923], "method": "Wilson"}
+VS_LOSS = {
+    "attack": "loss-strong",
+    "difference": 0.1111,
+    "ci95": [0.0712, 0.1513],
+    "p_value": 2e-8,
+    "p_value_greater": 1e-8,
+}
+METHODS = {"auc_method": "DeLong", "tpr_method": "Clopper-Pearson over 1,234 members"}
+
+
+def _entry(attack: str, auc: float) -> dict[str, Any]:
+    return METHODS | {
+        "attack": attack,
+        "unit": "record",
+        "auc": auc,
+        "auc_ci95": [auc - 0.0321, auc + 0.0321],
+        "tpr_at_fpr": {"0.01": auc - 0.5, "0.001": None},
+        "tpr_ci95": {"0.01": [auc - 0.55, auc - 0.45], "0.001": None},
+        "members": 1234,
+        "nonmembers": 2345,
+        "queries": 40,
+    }
+
+
+def _inpainting() -> dict[str, Any]:
+    def figures(member: float, other: float, p_value: float) -> dict[str, Any]:
+        found = {"member_l2_mean": member, "nonmember_l2_mean": other, "difference": other - member, "p_value": p_value}
+        return found | {"auc": 0.7654, "auc_ci95": [0.6543, 0.8432], "auc_method": "DeLong"}
+
+    return figures(0.0987, 0.1654, 0.0008) | {
+        "settings": {"fills": 321, "keep": 11},
+        "reference": "shadow",
+        "members": 25,
+        "nonmembers": 26,
+        "test": "permutation of whole groups",
+        "hidden_half": figures(0.1396, 0.2339, 0.0009),
+        "baseline": {"mirror": figures(0.1777, 0.1788, 0.4444), "mean": figures(0.2111, 0.2122, 0.5555)},
+        "pairs": [[True, 0.2, 0.1], [False, 0.2, 0.2]],
+        "examples": [{"record_id": SECRET, "member": True, "l2": 0.0432, "fill": "inpainting/000017.png"}],
+        "note": None,
+    }
+
+
+def _canaries() -> dict[str, Any]:
+    row = {"canaries": 6, "median": 2.718, "max": 9.876, "above_5_bits": 0.3333, "p_value": 0.0177}
+    one_run = {
+        "correct": 151,
+        "guesses": 202,
+        "epsilon_lower_bound": 0.834,
+        "claimed_epsilon": 1.987,
+        "note": "A note.",
+    }
+    kinds = {
+        "noise": {
+            "pool": 1024,
+            "ceiling": 10.0,
+            "by_copies": {"0": row, "1": row, "64": row | {"median": 8.765}},
+            "trend": {"spearman": 0.654, "p_value": 0.0031},
+        }
+    }
+    return {"kinds": kinds, "one_run": one_run, "note": "Exposure is log2(pool) - log2(rank)."}
+
+
+def _copy_metrics() -> dict[str, Any]:
+    metric = {"threshold": 0.4321, "threshold_rule": "a rule", "direction": ">", "copies": 131, "pictures": 19}
+    return {
+        "metrics": [
+            metric | {"name": "ssim", "background": 0.0543, "weights_sha256": None},
+            metric | {"name": "sscd", "threshold": None, "copies": None, "pictures": None, "background": None},
+        ],
+        "agreement": [
+            {"first": "nn_ratio", "second": "ssim", "both": 71, "only_first": 61, "only_second": 53, "neither": 4686}
+        ],
+        "disagreements": [{"generation": "000003.png", "record_id": SECRET, "l2": 0.1}],
+    }
+
+
+def _risk(rank: int) -> dict[str, Any]:
+    figures = {"outlierness": 0.1 * rank, "l2": 0.05 * rank, "adaptive_score": 0.6 * rank, "verified": rank == 1}
+    rest = {"group": "", "generation": "000001.png", "membership": 1.5, "membership_fpr": 0.0123, "copy_metrics": ""}
+    return {"rank": rank, "record_id": SECRET, "copies": 12, **figures, **rest, "inpainting_l2": None}

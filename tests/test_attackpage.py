@@ -1,0 +1,93 @@
+"""The attacks beyond extraction on the page and the model card: every figure, its interval, and what must not be shown."""
+
+import pytest
+
+from eval import attackwords
+from eval.card import model_card
+from eval.report import ReportConfig, render
+from tests.fabricate import Fabricated
+from tests.fabricate_attacks import SECRET, fabricate_attacks
+from tests.test_report import FORBIDDEN, Page, shows
+
+# text of every figure as the page must give it, by the section that holds it
+FIGURES = {
+    "membership": [
+        "1,234", "2,345", "0.812", "0.780 to 0.844", "0.923", "42.3", "37.3", "Strong LiRA", "too few", "0.835", "29 people", "23 held out",
+        "0.512", "0.457 to 0.568", "0.111", "1e-08", "Clopper-Pearson over 1,234 members", "0.0021", "13 pictures", "57",
+    ],
+    "inpainting": ["321", "11 fills", "0.099", "0.165", "0.067", "0.0008", "0.765", "0.654 to 0.843", "0.140", "0.234", "0.178", "0.212", "0.56"],
+    "canaries": ["1,024", "2.72", "9.88", "33.3", "0.018", "8.77", "64 times", "once", "0.654", "0.0031", "151 of 202", "0.834", "1.987"],
+    "copy-metrics": ["above 0.432", "131", "19", "5.4", "a rule", "71", "61", "53", "4,686", "SSIM"],
+    "risk": ["1 of 3", "6.1", "0.111", "0.222", "0.346", "0.210 to 0.470", "0.0043", "37", "Strong LiRA at 1.0", "verified first"],
+}  # fmt: skip
+
+
+def make(folder, restricted=False):
+    run = Fabricated(folder / "run")
+    run.report["privacy"] |= fabricate_attacks(run.folder)
+    render(run.folder, run.report, images=run.image, restricted=restricted, config=ReportConfig())
+    return run, Page(run.folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("attacks"))
+
+
+def section(page: Page, name: str) -> str:
+    """Source of one section without tags, spaces as one."""
+    part = page.source.split(f'<section id="{name}">')[1].split("</section>")[0]
+    text = Page.__new__(Page)
+    super(Page, text).__init__()
+    text.tags, text.attributes, text.text, text.hidden = [], [], [], 0
+    text.feed(part)
+    return " ".join(" ".join(text.text).replace("\N{NARROW NO-BREAK SPACE}", " ").split())
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_in_its_section(opened, name):
+    text = section(opened[1], name)
+    assert [figure for figure in FIGURES[name] if figure not in text] == []
+    assert not FORBIDDEN.search(text)
+
+
+def test_reconstructions_stand_beside_their_pictures(opened):
+    run, page = opened
+    row = int(SECRET.removeprefix("rec"))
+    assert shows(page, run.training[row : row + 1]) == [True]
+    assert any((image == 77).all() for image in page.pictures())
+
+
+def test_restricted_pages_show_neither_pictures_nor_ids(tmp_path):
+    run, page = make(tmp_path, restricted=True)
+    assert SECRET not in page.source and run.asked == [] and page.pictures() == []
+    assert "0.923" in section(page, "membership")  # figures stay
+
+
+def test_sections_without_a_measurement_are_left_out(tmp_path):
+    run = Fabricated(tmp_path / "run")
+    render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())
+    page = Page(run.folder / "report.html")
+    assert not any(f'id="{name}"' in page.source for name in FIGURES)
+    assert "Membership was not measured" in page.visible
+
+
+def test_the_card_and_the_verdict_tell_of_them(opened):
+    run, page = opened
+    card = model_card(run.report)
+    for text in attackwords.sentences(run.report["privacy"]):
+        assert " ".join(text.split()) in page.visible
+    assert "0.923 (95 %: 0.891 to 0.956" in card and "Strong LiRA" in card
+    assert "0.067 in l2 nearer than held-out ones (p = 0.0008)" in card
+    assert "64 times has an exposure of 8.8 of at most 10.0 bits" in card
+
+
+def test_a_failed_check_withdraws_the_evidence(tmp_path):
+    run = Fabricated(tmp_path / "run", verified=0)
+    parts = fabricate_attacks(run.folder)
+    parts["membership_check"] |= {"passed": False, "note": "the sides come from two cameras"}
+    run.report["privacy"] |= parts
+    render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())
+    page = Page(run.folder / "report.html")
+    assert "No evidence." in section(page, "membership") and "two cameras" in section(page, "membership")
+    assert "No training picture was extracted by this attack" in page.visible
