@@ -116,12 +116,14 @@ def alarms(report: dict[str, Any]) -> list[str]:
         for name, words in of_report(report)
         if not words["private"]
     ]
-    audited = audit((report.get("privacy") or {}).get("audit"))
-    if audited and audited["contradicts"]:
-        found.append(
-            "NOT PRIVATE as claimed. The audit's lower bound lies above the claimed epsilon: unless chance deceived it, there is "
-            "a mistake in the mechanism or in its accounting."
-        )
+    privacy = report.get("privacy") or {}
+    for block in (privacy.get("audit"), (privacy.get("canaries") or {}).get("one_run")):
+        audited = audit(block)
+        if audited and audited["contradicts"]:
+            found.append(
+                f"NOT PRIVATE as claimed. The lower bound of an audit ({audited['title']}) lies above the claimed epsilon: unless chance "
+                "deceived it, there is a mistake in the mechanism or in its accounting."
+            )
     return found
 
 
