@@ -194,8 +194,8 @@ def test_no_held_out_pictures_are_refused_beforehand():
 
 OVERFITTED = [
     "data.phantom.pictures=16", "data.phantom.copied=0", "data.phantom.outliers=0", "data.phantom.heldout=100",
-    "data.phantom.calibration=0", "data.group_key=null", "model.size=nano", "train.steps=150", "train.batch_size=16",
-    "train.learning_rate=3e-3", "train.ema_decay=0.95", "train.heldout_every=0", "train.checkpoint_every=0",
+    "data.phantom.calibration=0", "data.group_key=null", "model.size=nano", "train.steps=300", "train.batch_size=32",
+    "train.learning_rate=2e-3", "train.ema_decay=0.95", "train.heldout_every=0", "train.checkpoint_every=0",
 ]  # fmt: skip
 
 
@@ -204,5 +204,5 @@ def test_a_model_that_was_trained_too_long_is_recognised(tmp_path):
     config, dataset, directory, defenses, accelerator = opened(tmp_path, *OVERFITTED)
     train_model(config, dataset, directory, defenses, accelerator)
     denoiser = load(directory.model, (1, 16, 16), CPU)
-    scene = scene_of(denoiser, dataset, attacks=["loss-strong", "loss-grid", "sima", "gsa-norm"])
-    assert all(entry["auc"] >= 0.95 for entry in membership.run(scene).report)
+    scene = scene_of(denoiser, dataset, attacks=["loss-strong", "loss-grid", "sima"], set_test=False)
+    assert min(entry["auc"] for entry in membership.run(scene).report) >= 0.95
