@@ -88,12 +88,13 @@ def test_a_model_that_knows_its_pictures_by_heart_is_recognised_by_every_attack(
 
 
 def test_an_untrained_model_gives_half():
+    """An interval misses 1/2 in 5 % of cases, so one of eight may; the standard deviation of the AUC is known exactly."""
     torch.manual_seed(0)
     denoiser = of_network(unet(), denoiser_config("v_prediction"), (1, 8, 8), CPU)
     found = membership.run(scene_of(denoiser, dataset_of(noise(160), 80), draws=1, gradient_timesteps=1))
-    for entry in found.report:
-        low, high = entry["auc_ci95"]
-        assert low < 0.5 < high and high - low < 0.25, entry["attack"]
+    deviation = np.sqrt((80 + 80 + 1) / (12 * 80 * 80))  # of Mann and Whitney's statistic, 0.046
+    assert all(abs(entry["auc"] - 0.5) < 3.3 * deviation for entry in found.report)
+    assert sum(not entry["auc_ci95"][0] < 0.5 < entry["auc_ci95"][1] for entry in found.report) <= 1
     assert found.beside["membership_check"]["passed"] and found.beside["set_test"]["p_value"] > 0.01
 
 
