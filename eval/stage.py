@@ -21,7 +21,6 @@ from eval.audit import RunAudit, audit_run
 from eval.extraction import Extraction
 from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
-from eval.replay import restore_kept
 from eval.report import render
 from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
@@ -60,8 +59,6 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
     if config.attack.membership is not None and target.pipeline is not None:
-        if target.run is not None:
-            restore_kept(target.dataset, target.run.manifest)  # what a defense took out was not trained on
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         with timed(output, "membership_seconds", accelerator):
             access = denoiser.load(target.pipeline, shape, accelerator.device)
