@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 if not __package__:
@@ -68,10 +69,19 @@ PRIVATE = [
     "defenses.dpsgd.physical_batch=128",
     "defenses.dpsgd.clip_norm=0.1",
     f"train.batch_size={CLASSES + CANARIES}",  # every unit in every step
-    "train.steps=6",
+    "train.steps=4",
     "train.learning_rate=0.3",
     "train.diffusion.timestep_weights=[1,0]",
 ]
+
+
+HEADER = f"""# The one-run audit, with noise and without
+
+`bench/canary_audit.py`: {CANARIES:,} pictures of noise, {SIDE} px, each planted by a fair coin; DP-SGD with a claim of epsilon {CLAIM:g} at delta 1e-5
+per record; a network of {CLASSES:,} classes whose class embedding alone is trained privately, from public weights. The lower bounds hold at
+95 % each (Steinke, Nasr and Jagielski 2023, Theorem 5.2). The runs without noise are the same with zeros in the place of the mechanism's noise
+and the claim left as it was: a planted bug, NOT PRIVATE.
+"""
 
 
 @contextlib.contextmanager
@@ -138,26 +148,25 @@ def audited(folder: Path, start: list[str], seed: int, noise: bool, accelerator:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The bounds as a table, and the two counts that matter."""
-    by_seed = {(row["seed"], row["noise"]): row for row in rows}
-    seeds = [
-        seed for seed in dict.fromkeys(row["seed"] for row in rows) if {(seed, True), (seed, False)} <= by_seed.keys()
-    ]
+    """The page under docs/results: the bounds as a table, and the two counts that matter. Seeds with one run alone are left out."""
+    private = {row["seed"]: row for row in rows if row["noise"]}
+    noiseless = {row["seed"]: row for row in rows if not row["noise"]}
+    seeds = sorted(private.keys() & noiseless.keys())
     lines = [
+        HEADER,
         "| seed | claim | with noise | right of guesses | without | right of guesses |",
         "|---|---|---|---|---|---|",
     ]
     for seed in seeds:
-        cells = [str(seed), f"{by_seed[seed, True]['claimed_epsilon']:.3f}"]
-        for row in (by_seed[seed, True], by_seed[seed, False]):
+        cells = [str(seed), f"{private[seed]['claimed_epsilon']:.3f}"]
+        for row in (private[seed], noiseless[seed]):
             cells += [f"{row['epsilon_lower_bound']:.2f}", f"{row['correct']} of {row['guesses']}"]
         lines.append(f"| {' | '.join(cells)} |")
-    held = sum(by_seed[seed, True]["epsilon_lower_bound"] <= by_seed[seed, True]["claimed_epsilon"] for seed in seeds)
-    caught = sum(
-        by_seed[seed, False]["epsilon_lower_bound"] > by_seed[seed, False]["claimed_epsilon"] for seed in seeds
-    )
-    lines += ["", f"With noise the bound stays below the claim in {held} of {len(seeds)} seeds."]
+    held = sum(private[seed]["epsilon_lower_bound"] <= private[seed]["claimed_epsilon"] for seed in seeds)
+    caught = sum(noiseless[seed]["epsilon_lower_bound"] > noiseless[seed]["claimed_epsilon"] for seed in seeds)
+    lines += ["", f"With noise the bound is at most the claim in {held} of {len(seeds)} seeds."]
     lines += [f"Without noise it exceeds the claim in {caught} of {len(seeds)} seeds."]
+    lines += [f"A run took {median(row['seconds'] for row in rows):.0f} s of one core (median)."]
     return "\n".join(lines) + "\n"
 
 

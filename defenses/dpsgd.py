@@ -137,9 +137,8 @@ class DPSGD(Defense):
         config, pool = self.config, context.pool
         rows = np.sort(np.concatenate([pool.rows, context.planted]))
         self._count = len(rows)
-        self._largest_group = max(
-            map(len, _groups(pool, pool.rows).values()), default=0
-        )  # of people: canaries are none
+        # of people: canaries are none
+        self._largest_group = max(map(len, _groups(pool, pool.rows).values()), default=0)
         groups = _groups(pool, rows)
         if config.unit == "record":
             return [np.array([row]) for row in rows.tolist()]

@@ -1,6 +1,6 @@
 """What the planted canaries say: how far training moved each away from pictures of the same draw that were never shown.
 
-Exposure after Carlini et al. 2019 ("The Secret Sharer", section 4.2), with the ranks of Carlini et al. 2023 for diffusion models;
+Exposure after Carlini et al. 2019 ("The Secret Sharer", section 4), with the ranks of Carlini et al. 2023 for diffusion models;
 a lower bound on epsilon after Steinke, Nasr and Jagielski 2023 from the canaries that a coin decided.
 """
 
@@ -43,7 +43,7 @@ class ExposureConfig:
 
 
 def exposures(scores: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Exposure in bits, float64 [n]: log2(m) - log2(rank) among m pictures of the pool (Carlini et al. 2019, definition 2).
+    """Exposure in bits, float64 [n]: log2(m) - log2(rank) among m pictures of the pool (Carlini et al. 2019, section 4).
 
     The rank of a canary is 1 where none of the pool has its score, m + 1 where all have more; those that tie with it count half.
 
