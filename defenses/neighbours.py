@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from defenses.exact import centred, integer_type, l2_of, reduced_differences, squares
+from defenses.knn import Products, rounded_up, squared_distances
 
 VIEWS = tuple(
     f"{flip}{shift}" for flip in ("", "mirror ") for shift in ("identity", "up", "down", "left", "right")
@@ -165,36 +166,28 @@ def pairs_within(vectors: np.ndarray, radius: float) -> tuple[np.ndarray, np.nda
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError("vectors must be finite, [N, D]")
-    moved = vectors - vectors.mean(axis=0, keepdims=True) if len(vectors) else vectors  # less cancellation
-    norm = np.square(moved, dtype=np.float64).sum(axis=1)
     size = max(vectors.shape[1], 1)
-    found = [
-        _close_pairs(vectors, moved, norm, first, second, size * radius**2)
-        for first in _blocks(np.arange(len(vectors)), _BLOCK)
-        for second in _blocks(np.arange(first[0], len(vectors)), _BLOCK)
-    ]
-    i, j, squared = (np.concatenate(part) for part in zip(*found, strict=True)) if found else np.zeros((3, 0))
+    i, j = _close_rows(vectors, size * radius**2) if len(vectors) else np.zeros((2, 0), dtype=np.int64)
+    squared = squared_distances(vectors, i, vectors, j)
+    keep = squared <= size * radius**2
+    i, j, distance = i[keep], j[keep], np.sqrt(squared[keep] / size)
     order = np.lexsort((j, i))
-    return i[order].astype(np.int64), j[order].astype(np.int64), np.sqrt(squared[order] / size)
+    return i[order], j[order], distance[order]
 
 
-def _close_pairs(
-    vectors: np.ndarray, moved: np.ndarray, norm: np.ndarray, first: np.ndarray, second: np.ndarray, limit: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of two blocks with squared distance <= limit: shortlist by |a|^2 + |b|^2 - 2ab, then direct differences."""
-    length = norm[first, None] + norm[None, second]
-    # float32 products of length D err by at most D * 2^-24 * |a||b|, and 2|a||b| <= |a|^2 + |b|^2
-    slack = (vectors.shape[1] + 8) * 2.0**-23 * length
-    near = length - 2.0 * (moved[first] @ moved[second].T) <= limit + slack
-    i, j = np.nonzero(near)
-    i, j = first[i], second[j]
-    i, j = i[i < j], j[i < j]
-    squared = np.zeros(len(i))
-    for some in _blocks(np.arange(len(i)), max(1, 2**22 // max(vectors.shape[1], 1))):
-        difference = vectors[i[some]].astype(np.float64) - vectors[j[some]]
-        squared[some] = np.einsum("nd,nd->n", difference, difference)
-    keep = squared <= limit
-    return i[keep], j[keep], squared[keep]
+def _close_rows(vectors: np.ndarray, limit: float) -> np.ndarray:
+    """All pairs i < j whose squared distance may be at most ``limit``, by lower bounds, int64 [2, P]."""
+    products, found = Products(vectors, torch.device("cpu")), []
+    for first in _blocks(np.arange(len(vectors)), products.step):
+        left, length = products.left(vectors[first])
+        own = length.square()
+        reach = rounded_up((limit - own) / 2 + products.of_lengths * own + products.tiny)
+        for start in range(int(first[0]), len(vectors), products.step):
+            low = products.bounds(left, products.right(start)[0])
+            i, j = np.nonzero((low <= reach[:, None]).numpy())
+            i, j = i + first[0], j + start
+            found.append(np.stack([i[i < j], j[i < j]]))
+    return np.concatenate(found, axis=1)
 
 
 def _check(queries: Any, references: Any, picture: np.ndarray, k: int) -> None:

@@ -1,0 +1,315 @@
+"""Exact nearest neighbours of float32 vectors (embeddings, flattened images): a shortlist with a proof, then direct distances.
+
+With c a centre, q' = q - c and r' = r - c, |q - r|^2 = |q'|^2 + 2 (|r'|^2 / 2 - q'.r'), and the bracket is one matrix product.
+Rounding changes it by at most e(q, r) = a |q'||r'| + b (|q'|^2 + |r'|^2), where a and b follow from the length of the sums and the
+format of the numbers (Higham 2002, section 3.1: whatever the order of summation). The product is made to give a *lower bound*: its
+last columns subtract the error. A reference is dropped only if its lower bound exceeds the k-th smallest upper bound so far, so every
+true neighbour survives, in float32, TF32 or bfloat16. What survives, k and a few in float32, is compared by sum((q - r)^2) in float64.
+Nothing depends on blocks, ranks or device; where the bound excludes nothing, as among equal references, all are compared directly.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+_QUERIES, _REFERENCES = 2048, 2048  # most rows on either side of one product
+_ROW_BYTES = 2**27  # of the rows of one side
+_GROUP = 16  # entries of a product whose least one is looked at first
+_CANDIDATES = 2**22  # of one block of queries, beyond which their distances are computed at once
+_PAIR_CELLS = 2**16  # numbers in one batch of direct differences: as many as a core's cache holds
+_EXTRA = 4  # columns beside the vectors: the squared length in three parts, the length
+_LONGEST = 1e17  # squares and sums of what is shorter stay finite in float32 and bfloat16
+
+
+@dataclass
+class Nearest:
+    """Nearest references of each query, nearest first; ties go to the lower row.
+
+    Attributes:
+        query: rows of the queries that were searched, int64 [Q], ascending.
+        squared: sum((q - r)^2), float64 [Q, k], from direct differences in float64.
+        row: row in the references, int64 [Q, k].
+    """
+
+    query: np.ndarray
+    squared: np.ndarray
+    row: np.ndarray
+
+
+def nearest(
+    queries: Any,
+    references: Any,
+    k: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rows: Sequence[int] | None = None,
+) -> Nearest:
+    """The k nearest references of every query by squared Euclidean distance, streamed in blocks of bounded memory.
+
+    Args:
+        queries: float32 [Q, D], array or memory map.
+        references: float32 [R, D], likewise, R > 0. Both sides are read in blocks.
+        k: neighbours per query; where there are fewer references, all of them.
+        dtype: float32 or bfloat16, of the shortlist alone; null: bfloat16 where the processor multiplies in it. The result is the same.
+        rows: ascending rows of the queries to search (null: all).
+
+    Raises:
+        ValueError: wrong shapes or types, no references, k < 1, a vector that is not finite or longer than 1e17.
+    """
+    for side in (queries, references):
+        if len(side.shape) != 2 or side.dtype != np.float32:
+            raise ValueError("queries and references must be float32 [N, D]")
+    if queries.shape[1] != references.shape[1] or len(references) == 0 or k < 1:
+        raise ValueError("need vectors of one length, at least one reference, and k >= 1")
+    rows = np.arange(len(queries)) if rows is None else np.asarray(rows, dtype=np.int64)
+    k = min(k, len(references))
+    products = Products(references, torch.device(device), dtype)
+    length = max(1, min(_QUERIES, 8 * _CANDIDATES // (8 * k + _REFERENCES), _ROW_BYTES // products.row_bytes))
+    found = [
+        _Search(queries[rows[start : start + length]], products, k).result() for start in range(0, len(rows), length)
+    ]
+    squared, row = (np.concatenate(part) for part in zip(*found, strict=True)) if found else (np.zeros((0, k)),) * 2
+    return Nearest(rows, squared, row.astype(np.int64))
+
+
+def nearest_sharded(queries: Any, references: Any, k: int, *, accelerator: Any = None) -> Nearest:
+    """`nearest` shared among the ranks, each with every W-th query; all ranks return the same full result."""
+    if accelerator is None:
+        return nearest(queries, references, k)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    part = nearest(queries, references, k, device=accelerator.device, rows=np.arange(rank, len(queries), world))
+    if world == 1:
+        return part
+    parts = gather_object([part])
+    query, squared, row = (np.concatenate([getattr(p, name) for p in parts]) for name in ("query", "squared", "row"))
+    order = np.argsort(query)
+    return Nearest(query[order], squared[order], row[order])
+
+
+def squared_distances(left: Any, i: np.ndarray, right: Any, j: np.ndarray) -> np.ndarray:
+    """sum((left[i] - right[j])^2) of pairs of rows, direct differences in float64 on all threads, float64 [N]."""
+    step = max(1, _PAIR_CELLS // max(left.shape[1], 1))
+
+    def part(start: int) -> np.ndarray:
+        difference = right[j[start : start + step]].astype(np.float64)
+        difference -= left[i[start : start + step]]
+        return np.einsum("nd,nd->n", difference, difference)
+
+    starts = range(0, len(i), step)
+    if len(starts) < 2:
+        return part(0)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return np.concatenate(list(pool.map(part, starts)))
+
+
+class Products:
+    """Lower bounds of (|q - r|^2 - |q'|^2) / 2 by matrix products, for blocks of queries and of references.
+
+    Attributes:
+        row_bytes: of one row as it enters a product.
+        step: references in one block.
+        of_product, of_lengths: a and b of the error; ``tiny``: what products that underflow may add to it.
+    """
+
+    def __init__(self, references: Any, device: torch.device, dtype: torch.dtype | None = None):
+        self.references, self.device, self.size = references, device, references.shape[1]
+        self.dtype = dtype or _quickest_format(device)
+        sample = references[:: max(1, len(references) // _REFERENCES)][:_REFERENCES]
+        self.centre = torch.from_numpy(sample.mean(axis=0, dtype=np.float64).astype(np.float32)).to(device)
+        self.row_bytes = 4 * (self.size + _EXTRA)
+        self.step = max(1, min(_REFERENCES, _ROW_BYTES // self.row_bytes))
+        self.of_product, self.of_lengths = _error(self.size, self.dtype, device)
+        self.tiny = (self.size + _EXTRA) * 2.0**-120
+        self._rows = torch.empty((self.step, self.size + _EXTRA), device=device)
+        self._out: torch.Tensor | None = None
+        self._multiply = _quickest_product(self.size, self.dtype, device)
+
+    def left(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [q, D] as the left side of products [q, D + 4], and |q'|, float64 [q]."""
+        rows = torch.empty((len(queries), self.size + _EXTRA), device=self.device)
+        self._centred(queries, rows)
+        length = torch.linalg.vector_norm(rows[:, : self.size], dim=1, dtype=torch.float64)
+        rows[:, : self.size].neg_()
+        rows[:, self.size : -1] = 1.0
+        rows[:, -1] = -1.02 * self.of_product * length  # 1.02: the format rounds this column, too
+        return rows.to(self.dtype), length
+
+    def right(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """References from ``start`` on as the right side [r, D + 4] (a buffer: until the next call), and |r'|, float64 [r]."""
+        block = self.references[start : start + self.step]
+        rows = self._rows[: len(block)]
+        length = self._centred(block, rows)
+        rest = length.square() * (0.5 - self.of_lengths)
+        for part in range(3):  # three parts of 8 bits: exact in every format
+            rows[:, self.size + part] = rest
+            rows[:, self.size + part] = rows[:, self.size + part].bfloat16()
+            rest -= rows[:, self.size + part]
+        rows[:, -1] = length
+        return rows.to(self.dtype), length
+
+    def bounds(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Lower bounds, each less ``of_lengths`` |q'|^2, [q, r] (a buffer: until the next call)."""
+        if self._out is None or len(self._out) < len(left):
+            self._out = torch.empty((len(left), self.step), dtype=self.dtype, device=self.device)
+        out = self._out.flatten()[: len(left) * len(right)].view(len(left), len(right))
+        self._multiply(left, right, out)
+        return out
+
+    def gap(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Upper minus lower bound for lengths |q'| and |r'|, float64."""
+        squares = left.square() + right.square()
+        return 2 * (1.03 * self.of_product * left * right + self.of_lengths * squares + self.tiny)
+
+    def _centred(self, block: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
+        block = torch.from_numpy(np.require(block, requirements=["C", "W"]))  # a copy only where torch cannot take it
+        torch.sub(block.to(self.device), self.centre, out=rows[:, : self.size])
+        length = torch.linalg.vector_norm(rows[:, : self.size], dim=1).double()
+        if not bool((length < _LONGEST).all()):
+            raise ValueError(f"vectors must be finite and shorter than {_LONGEST:g}")
+        return length
+
+
+class _Search:
+    """The k nearest references of one block of queries."""
+
+    def __init__(self, queries: np.ndarray, products: Products, k: int):
+        self.queries, self.products, self.k = queries.astype(np.float64), products, k
+        self.left, self.length = products.left(queries)
+        device = products.device
+        self.limit = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=device)
+        whole, real = torch.zeros(0, dtype=torch.int64, device=device), self.limit[:0]
+        self.kept = [whole, whole, real, real]  # query, row, lower and upper bound of each candidate
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        products, seen, tightened = self.products, 0, 0
+        for start in range(0, len(products.references), products.step):
+            right, length = products.right(start)
+            self._collect(products.bounds(self.left, right), length, start)
+            seen += len(right)
+            crowded = len(self.kept[0]) > _CANDIDATES
+            if seen >= 2 * tightened or crowded:  # by then a limit lets through twice as many as it should
+                self._tighten()
+                tightened = seen
+            if crowded and len(self.kept[0]) > _CANDIDATES // 2:
+                self._settle(*self._exact())
+        self._tighten()
+        return self._exact()[:2]
+
+    def _collect(self, low: torch.Tensor, length: torch.Tensor, start: int) -> None:
+        """Keeps the references of a block whose lower bound reaches the limit; groups of columns are looked at first."""
+        count = low.shape[1] // _GROUP
+        whole, rest = low[:, : count * _GROUP].unflatten(1, (_GROUP, count)), low[:, count * _GROUP :]
+        least = whole.amin(dim=1)
+        if count >= self.k and not len(self.kept[0]):  # the k-th smallest of the groups bounds that of all
+            first = _smallest(least, self.k).double()
+            self.limit = torch.minimum(self.limit, first + self.products.gap(self.length, length.max()))
+        limit = rounded_up(self.limit)
+        query, group = (least <= limit[:, None]).nonzero(as_tuple=True)
+        values = whole[query, :, group]
+        hit, place = (values <= limit[query, None]).nonzero(as_tuple=True)
+        self._keep(query[hit], place * count + group[hit], values[hit, place], length, start)
+        query, column = (rest <= limit[:, None]).nonzero(as_tuple=True)
+        self._keep(query, column + count * _GROUP, rest[query, column], length, start)
+
+    def _keep(self, query, column, low, length, start) -> None:
+        upper = low.double() + self.products.gap(self.length[query], length[column])
+        new = (query, column + start, low.double(), upper)
+        self.kept = [torch.cat(pair) for pair in zip(self.kept, new, strict=True)]
+
+    def _tighten(self) -> None:
+        """Lowers the limit to the k-th smallest upper bound of each query and drops what lies above it."""
+        query, _, low, upper = self.kept
+        order = torch.argsort(query.short(), stable=True)
+        counts = torch.bincount(query, minlength=len(self.queries))
+        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query[order]]
+        table = upper.new_full((len(self.queries), max(self.k, int(counts.max()))), torch.inf)
+        table[query[order], place] = upper[order]
+        self.limit = torch.minimum(self.limit, _smallest(table, self.k))
+        near = low <= self.limit[query]
+        self.kept = [part[near] for part in self.kept]
+
+    def _exact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The k nearest candidates of each query by direct distances [q, k], their rows, and how many there are [q]."""
+        query, row = (part.cpu().numpy() for part in self.kept[:2])
+        squared = squared_distances(self.queries, query, self.products.references, row)
+        order = np.lexsort((row, squared, query))
+        counts = np.bincount(query, minlength=len(self.queries))
+        place = np.arange(len(query)) - (np.cumsum(counts) - counts)[query[order]]
+        order, place = order[place < self.k], place[place < self.k]
+        table = np.full((len(self.queries), self.k), np.inf)
+        rows = np.full(table.shape, -1)
+        table[query[order], place], rows[query[order], place] = squared[order], row[order]
+        return table, rows, np.minimum(counts, self.k)
+
+    def _settle(self, squared: np.ndarray, row: np.ndarray, counts: np.ndarray) -> None:
+        """Keeps these k candidates alone; their bounds are their distances."""
+        there = np.arange(self.k) < counts[:, None]
+        query = torch.from_numpy(np.nonzero(there)[0]).to(self.limit.device)
+        row, squared = (torch.from_numpy(part[there]).to(self.limit.device) for part in (row, squared))
+        own = self.length[query].square()
+        value = (squared - own) / 2 + self.products.of_lengths * own  # as `bounds` has it
+        slack = (self.products.size + _EXTRA) * 2.0**-50 * (squared + own)
+        self.kept = [query, row, value - slack, value + slack]
+        self._tighten()
+
+
+def _smallest(table: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th smallest number of each row, rounded up; numpy's partition takes an eighth of the time of torch's on the CPU."""
+    if table.device.type == "cpu":
+        value = torch.from_numpy(np.partition(table.float().numpy(), k - 1, axis=1)[:, k - 1])
+    else:
+        value = torch.kthvalue(table.float(), k, dim=1).values
+    return rounded_up(value)
+
+
+def rounded_up(value: torch.Tensor) -> torch.Tensor:
+    """The next float32: no bound is lost by rounding to it."""
+    value = value.float()
+    return torch.nextafter(value, torch.full_like(value, torch.inf))
+
+
+def _error(size: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """a and b of the error a |q'||r'| + b (|q'|^2 + |r'|^2) of a product of D + 4 columns."""
+    exact = dtype == torch.float32 and device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    unit = 2.0**-24 if exact else 2.0**-23  # reduced formats may add up by truncation
+    rounded = 0.0 if exact else 2.0**-8  # of each factor: bfloat16, or TF32, which errs less
+    stored = 2.0**-8 if dtype == torch.bfloat16 else 0.0  # of the result
+    total = 1.1 * unit * (size + 16)  # sums of D + 4 terms, norms, and the few roundings of the limits
+    # the result is at most |q'||r'| + |r'|^2 / 2; centring moves the difference by 2^-24 (|q'| + |r'|)
+    return total + 2 * rounded + rounded**2 + 1.1 * stored, total + 0.55 * stored
+
+
+def _quickest_format(device: torch.device) -> torch.dtype:
+    if device.type != "cpu":
+        return torch.float32  # TF32 where the process allows it
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def _by_torch(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(left, right.T, out=out)
+
+
+def _by_numpy(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    np.matmul(left.numpy(), right.numpy().T, out=out.numpy())
+
+
+@functools.cache
+def _quickest_product(size: int, dtype: torch.dtype, device: torch.device):
+    """torch and numpy bring different libraries, of which now one, now the other is up to 1.7 times faster: a trial decides."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return _by_torch
+    left, right, out = torch.ones(256, size), torch.ones(512, size), torch.empty(256, 512)
+    seconds = {_by_torch: [], _by_numpy: []}
+    for way, times in (*seconds.items(), *seconds.items(), *seconds.items()):
+        start = time.perf_counter()
+        way(left, right, out)
+        times.append(time.perf_counter() - start)
+    return min(seconds, key=lambda way: min(seconds[way]))
