@@ -14,13 +14,14 @@ from accelerate.utils import gather_object
 
 from defenses.exact import centred, integer_type, l2_of, reduced_differences, squares
 from defenses.knn import Products, rounded_up, squared_distances
+from defenses.nearestlists import BestQuery, KNearest
 
 VIEWS = tuple(
     f"{flip}{shift}" for flip in ("", "mirror ") for shift in ("identity", "up", "down", "left", "right")
 )  # fixed for all arms and for the control: see design.md
 
 _BLOCK = 2048  # most queries and references in one matrix product
-_MEMORY_BYTES = 2**28  # for the matrices [queries, references] of one block
+_MEMORY_BYTES = 2**28  # for the pictures of one block, as they enter a product
 
 
 @dataclass
@@ -124,20 +125,29 @@ def search(
     rows = np.arange(len(queries)) if rows is None else np.asarray(rows, dtype=np.int64)
     count, size = len(references), int(np.prod(references.shape[1:]))
     order = np.argsort(picture, kind="stable")  # by picture id, then row: a lower place wins a tie
-    pictures, segment = np.unique(np.asarray(picture)[order], return_inverse=True)
-    segment = torch.from_numpy(segment).to(device)
-    best = torch.full((len(pictures),), torch.iinfo(torch.int64).max, device=device)
-    found: list[list[torch.Tensor]] = []
-    for some in _blocks(rows, min(_BLOCK, max(1, _MEMORY_BYTES // (8 * count)))):
-        near, same = _squared(centred(queries[some], device), references, order)
-        for part in _blocks(np.arange(len(some)), max(1, _MEMORY_BYTES // (32 * count))):
-            start, stop = int(part[0]), int(part[-1]) + 1
-            keys, own = _keys(near[start:stop], segment, len(pictures)), _keys(same[start:stop], segment, len(pictures))
-            single = _keys(near[start:stop], None, count)
-            found.append([_smallest(key, k) for key in (keys, own, single)])
-            place = torch.from_numpy(some[start:stop]).to(device)
-            best = torch.minimum(best, (keys // count * len(queries) + place[:, None]).amin(dim=0))
-    return _result(found, best.cpu().numpy(), rows, order, np.asarray(picture), pictures, k, size, len(queries))
+    pictures, first, segment = np.unique(np.asarray(picture)[order], return_index=True, return_inverse=True)
+    best = BestQuery(count)
+    found = []
+    for some in _blocks(rows, max(1, min(_BLOCK, _MEMORY_BYTES // (4 * size)))):
+        distinct, identity = (KNearest(len(some), k, segment) for _ in range(2))
+        single = KNearest(len(some), k, np.arange(count)) if len(pictures) < count else distinct
+        for start, near, same in _squared(centred(queries[some], device), references, order):
+            groups = distinct.add(near, start)
+            identity.add(same, start)
+            if single is not distinct:
+                single.add(near, start, groups)
+            best.add(near, start, some)
+        found.append([lists.table for lists in (distinct, identity, single)])
+    squared, query = best.of_segments(first)
+    widths = (min(k, len(pictures)), min(k, len(pictures)), min(k, count))
+    tables = list(zip(*found, strict=True)) or [[np.zeros((0, width), dtype=np.int64)] for width in widths]
+    neighbours = []
+    for parts in tables:
+        keys = np.concatenate(parts)
+        row = order[keys % count]
+        neighbours.append(Neighbours(l2_of(keys // count, size).astype(np.float32), np.asarray(picture)[row], row))
+    distance = np.where(query >= 0, l2_of(squared, size), np.inf)
+    return SearchResult(rows, *neighbours, pictures, distance, query)
 
 
 def search_sharded(
@@ -203,50 +213,38 @@ def _blocks(rows: np.ndarray, length: int) -> Iterator[np.ndarray]:
     return (rows[start : start + length] for start in range(0, len(rows), length))
 
 
-def _squared(queries: torch.Tensor, references: Any, order: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared distances in grey levels to the references in the given order, integers [q, R]: over all views, identity."""
+def _squared(
+    queries: torch.Tensor, references: Any, order: np.ndarray
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Squared distances in grey levels to the references in the given order, block by block.
+
+    Yields:
+        Place of the block's first reference; integers [q, r] over all views, and of the identity view (buffers that the next
+        block overwrites).
+    """
     size = queries.shape[1]
-    near = torch.empty((len(queries), len(order)), dtype=integer_type(size), device=queries.device)
-    same = torch.empty_like(near)
+    length = max(1, min(_BLOCK, _MEMORY_BYTES // (16 * size)))  # ten views of a byte, one in float32
+    shape = (len(queries), min(length, len(order)))
+    least, same, view_squared = (
+        torch.empty(shape, dtype=integer_type(size), device=queries.device) for _ in range(3)
+    )
+    product = torch.empty(shape, device=queries.device)
     own = squares(queries)[:, None]
-    length = max(1, min(_BLOCK, _MEMORY_BYTES // (4 * size * len(VIEWS))))
     for start in range(0, len(order), length):
         block = torch.from_numpy(np.ascontiguousarray(references[order[start : start + length]])).to(queries.device)
-        least = None
+        near, identity, squared, floats = (
+            part.flatten()[: len(queries) * len(block)].view(len(queries), -1)
+            for part in (least, same, view_squared, product)
+        )
         for name, view in zip(VIEWS, views(block), strict=True):
-            squared = reduced_differences(queries, centred(view, queries.device))
+            into = near if name == "identity" else squared
+            reduced_differences(queries, centred(view, queries.device), out=into, product=floats)
             if name == "identity":
-                same[:, start : start + length] = squared + own
-            least = squared if least is None else torch.minimum(least, squared)
-        near[:, start : start + length] = least + own
-    return near, same
-
-
-def _keys(squared: torch.Tensor, segment: torch.Tensor | None, pictures: int) -> torch.Tensor:
-    """Squared distance and place of the reference as one integer, unique and ordered alike, int64 [q, P]."""
-    count = squared.shape[1]
-    keys = squared.long() * count + torch.arange(count, device=squared.device)
-    if segment is None or pictures == count:
-        return keys
-    least = torch.full((len(keys), pictures), torch.iinfo(torch.int64).max, device=keys.device)
-    return least.scatter_reduce(1, segment.expand_as(keys), keys, "amin")
-
-
-def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.topk(keys, min(k, keys.shape[1]), largest=False, sorted=True).values.cpu()
-
-
-def _result(found, best, rows, order, picture, pictures, k, size, queries) -> SearchResult:
-    widths = (min(k, len(pictures)), min(k, len(pictures)), min(k, len(order)))
-    columns = list(zip(*found, strict=True)) or [[torch.zeros((0, width), dtype=torch.int64)] for width in widths]
-    neighbours = []
-    for parts in columns:
-        keys = torch.cat(list(parts)).numpy()
-        row = order[keys % len(order)]
-        neighbours.append(Neighbours(l2_of(keys // len(order), size).astype(np.float32), picture[row], row))
-    seen = best < np.iinfo(np.int64).max
-    distance = np.where(seen, l2_of(best // max(queries, 1), size), np.inf)
-    return SearchResult(rows, *neighbours, pictures, distance, np.where(seen, best % max(queries, 1), -1))
+                torch.add(near, own, out=identity)
+            else:
+                torch.minimum(near, squared, out=near)
+        near += own
+        yield start, near, identity
 
 
 def _merge(parts: list[SearchResult]) -> SearchResult:
