@@ -8,6 +8,8 @@ block size, also where TF32 or bfloat16 products are allowed: both hold such inp
 import numpy as np
 import torch
 
+from defenses.bounds import quickest_product
+
 _EXACT = 1024  # longest exact product: 1024 * 128^2 = 2^24
 
 
@@ -43,8 +45,9 @@ def reduced_differences(
     out = left.new_empty(shape, dtype=integer_type(left.shape[1])) if out is None else out
     product = left.new_empty(shape) if product is None else product
     out[:] = squares(right)
+    multiply = quickest_product(min(left.shape[1], _EXACT), torch.float32, left.device)
     for part, other in zip(left.split(_EXACT, dim=1), right.split(_EXACT, dim=1), strict=True):
-        torch.mm(part, other.T, out=product)
+        multiply(part, other, product)
         out.sub_(product.to(out.dtype), alpha=2)
     return out
 

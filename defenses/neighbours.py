@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from defenses.bounds import Products, rounded_up
 from defenses.exact import centred, integer_type, l2_of, reduced_differences, squares
-from defenses.knn import Products, rounded_up, squared_distances
+from defenses.knn import squared_distances
 from defenses.nearestlists import BestQuery, KNearest
 
 VIEWS = tuple(
@@ -225,9 +226,7 @@ def _squared(
     size = queries.shape[1]
     length = max(1, min(_BLOCK, _MEMORY_BYTES // (16 * size)))  # ten views of a byte, one in float32
     shape = (len(queries), min(length, len(order)))
-    least, same, view_squared = (
-        torch.empty(shape, dtype=integer_type(size), device=queries.device) for _ in range(3)
-    )
+    least, same, view_squared = (torch.empty(shape, dtype=integer_type(size), device=queries.device) for _ in range(3))
     product = torch.empty(shape, device=queries.device)
     own = squares(queries)[:, None]
     for start in range(0, len(order), length):

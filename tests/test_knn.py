@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from defenses import knn
-from defenses.knn import Products, nearest, nearest_sharded, squared_distances
+from defenses import bounds, knn
+from defenses.bounds import Products
+from defenses.knn import nearest, nearest_sharded, squared_distances
 
 
 def gaussian(seed: int, *shape: int) -> np.ndarray:
@@ -35,7 +36,7 @@ def assert_equals_brute_force(queries, references, k, **options):
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small inputs take all ways through the code."""
     monkeypatch.setattr(knn, "_QUERIES", 7)
-    monkeypatch.setattr(knn, "_REFERENCES", 48)
+    monkeypatch.setattr(bounds, "_REFERENCES", 48)
 
 
 FORMATS = [torch.float32, torch.bfloat16]
@@ -59,7 +60,9 @@ def test_nearest_equal_scipy_at_the_size_of_whole_blocks():
 @pytest.mark.parametrize("offset", [0.0, 30.0, 4e5])
 def test_far_from_the_origin(small_blocks, dtype, offset):
     """|a|^2 + |b|^2 - 2ab in float32 would keep nothing of these distances."""
-    assert_equals_brute_force(gaussian(5, 9, 16) + np.float32(offset), gaussian(6, 300, 16) + np.float32(offset), 4, dtype=dtype)
+    assert_equals_brute_force(
+        gaussian(5, 9, 16) + np.float32(offset), gaussian(6, 300, 16) + np.float32(offset), 4, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -96,7 +99,7 @@ def test_any_small_input_equals_brute_force(data):
     scale = np.float32(data.draw(st.sampled_from([2.0**-60, 1.0, 2.0**40])))
     queries, references = (random.integers(-2, 3, (n, size)).astype(np.float32) * scale for n in (5, count))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn, "_REFERENCES", data.draw(st.sampled_from([17, 40, 2048])))
+        patch.setattr(bounds, "_REFERENCES", data.draw(st.sampled_from([17, 40, 2048])))
         patch.setattr(knn, "_CANDIDATES", data.draw(st.sampled_from([20, 2**22])))
         assert_equals_brute_force(queries, references, k, dtype=data.draw(st.sampled_from(FORMATS)))
 
@@ -137,13 +140,17 @@ def test_few_references_survive_the_shortlist(monkeypatch):
 def test_reduced_products_widen_the_bound():
     """Where the process allows TF32 or bfloat16 for float32 products, the bound must not assume float32."""
     cpu = torch.device("cpu")
-    plain = knn._error(512, torch.float32, cpu)
+    plain = bounds._error(512, torch.float32, cpu)
     torch.set_float32_matmul_precision("medium")
     try:
-        allowed = knn._error(512, torch.float32, cpu)
+        allowed = bounds._error(512, torch.float32, cpu)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert plain[0] < 1e-4 and allowed[0] > 2 * 2.0**-8 and knn._error(512, torch.float32, torch.device("cuda")) == allowed
+    assert (
+        plain[0] < 1e-4
+        and allowed[0] > 2 * 2.0**-8
+        and bounds._error(512, torch.float32, torch.device("cuda")) == allowed
+    )
 
 
 def test_ranks_return_what_one_process_returns(monkeypatch):
