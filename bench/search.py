@@ -9,18 +9,18 @@ memory is that of our search alone, in a process of its own, above the vectors. 
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-THREADS = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv else "2"
-os.environ["OMP_NUM_THREADS"] = THREADS  # numpy reads it once, on import
+# numpy reads it once, on import
+os.environ["OMP_NUM_THREADS"] = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv else "2"
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def vectors(case: str, args: argparse.Namespace) -> None:
     show(f"{args.queries} queries, {case}, k = {K}, float32", seconds(sides, args.rounds))
     if faiss is not None:
         compare(queries, references, index.search(queries, K)[1])
-    command = [sys.executable, __file__, "--peak", case, "--threads", THREADS, "--queries", str(args.queries)]
+    command = [sys.executable, __file__, "--peak", case, "--threads", str(args.threads), "--queries", str(args.queries)]
     peak = subprocess.run([*command, "--scale", str(args.scale)], check=True, capture_output=True, text=True).stdout
     print(f"  peak memory above the vectors: {float(peak):.0f} MiB")
 
@@ -112,9 +112,16 @@ def peak(case: str, args: argparse.Namespace) -> None:
     count, size = VECTORS[case]
     references, queries = gaussian(0, round(count * args.scale), size), gaussian(1, args.queries, size)
     nearest(queries[:1], references[:1], 1)  # what the libraries take
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
+    before = _status("VmRSS")
     nearest(queries, references, K)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(key: str) -> int:
+    """KiB, from Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def images(args: argparse.Namespace) -> None:
@@ -146,7 +153,9 @@ def main() -> None:
     if args.peak:
         peak(args.peak, args)
         return
-    print(f"threads {args.threads}, rounds {args.rounds}, torch {torch.__version__}, faiss {getattr(faiss, '__version__', None)}")
+    print(
+        f"threads {args.threads}, rounds {args.rounds}, torch {torch.__version__}, faiss {getattr(faiss, '__version__', None)}"
+    )
     for case in VECTORS:
         vectors(case, args)
     images(args)

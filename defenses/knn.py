@@ -90,18 +90,28 @@ def nearest_sharded(queries: Any, references: Any, k: int, *, accelerator: Any =
 
 def squared_distances(left: Any, i: np.ndarray, right: Any, j: np.ndarray) -> np.ndarray:
     """sum((left[i] - right[j])^2) of pairs of rows, direct differences in float64 on all threads, float64 [N]."""
-    step = max(1, _PAIR_CELLS // max(left.shape[1], 1))
+    size = left.shape[1]
+    step, threads = max(1, _PAIR_CELLS // max(size, 1)), torch.get_num_threads()
+    result = np.empty(len(i))
 
-    def part(start: int) -> np.ndarray:
-        difference = right[j[start : start + step]].astype(np.float64)
-        difference -= left[i[start : start + step]]
-        return np.einsum("nd,nd->n", difference, difference)
+    def part(pairs: np.ndarray) -> None:
+        ours, theirs = (
+            np.empty((step, size), left.dtype),
+            np.empty((step, size), right.dtype),
+        )  # reused: new memory costs half
+        differences = np.empty((step, size))
+        for start in range(0, len(pairs), step):
+            some = pairs[start : start + step]
+            own, other, difference = ours[: len(some)], theirs[: len(some)], differences[: len(some)]
+            np.take(left, i[some], axis=0, out=own, mode="clip")
+            np.take(right, j[some], axis=0, out=other, mode="clip")
+            difference[:] = other
+            difference -= own
+            result[some] = np.einsum("nd,nd->n", difference, difference)
 
-    starts = range(0, len(i), step)
-    if len(starts) < 2:
-        return part(0)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return np.concatenate(list(pool.map(part, starts)))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, np.array_split(np.arange(len(i)), threads)))
+    return result
 
 
 class _Search:
@@ -165,7 +175,8 @@ class _Search:
 
     def _exact(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k nearest candidates of each query by direct distances [q, k], their rows, and how many there are [q]."""
-        query, row = (part.cpu().numpy() for part in self.kept[:2])
+        order = torch.argsort(self.kept[0].short(), stable=True)  # one query after the other: it stays in the cache
+        query, row = (part[order].cpu().numpy() for part in self.kept[:2])
         squared = squared_distances(self.queries, query, self.products.references, row)
         order = np.lexsort((row, squared, query))
         counts = np.bincount(query, minlength=len(self.queries))

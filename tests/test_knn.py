@@ -1,4 +1,4 @@
-"""`defenses.knn` against brute force in float64, scipy and scikit-learn's rules of ties; the bound against its own claim."""
+"""`defenses.knn` against brute force in float64, scipy and faiss; the bounds of `defenses.bounds` against the truth."""
 
 from types import SimpleNamespace
 
@@ -54,6 +54,22 @@ def test_nearest_equal_scipy_at_the_size_of_whole_blocks():
     distance, row = cKDTree(references).query(queries, k=64)
     np.testing.assert_array_equal(found.row, row)
     np.testing.assert_allclose(np.sqrt(found.squared), distance, rtol=1e-12)
+
+
+def test_nearest_equal_faiss():
+    """Gaps between neighbours are far above float32 rounding here, so faiss's float32 distances give the same order."""
+    faiss = pytest.importorskip("faiss")
+    random = np.random.default_rng(19)
+    radius = np.linspace(1, 20, 3000)[random.permutation(3000), None]
+    direction = gaussian(20, 3000, 40)
+    references = (radius * direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(np.float32)
+    queries = np.zeros((25, 40), np.float32)  # faiss takes matrix products from 20 queries on
+    index = faiss.IndexFlatL2(40)
+    index.add(references)
+    squared, row = index.search(queries, 51)
+    found = nearest(queries, references, 51)
+    np.testing.assert_array_equal(found.row, row)
+    np.testing.assert_allclose(found.squared, squared, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
