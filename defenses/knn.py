@@ -124,6 +124,7 @@ class _Search:
         self.limit = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=device)
         whole, real = torch.zeros(0, dtype=torch.int64, device=device), self.limit[:0]
         self.kept = [whole, whole, real, real]  # query, row, lower and upper bound of each candidate
+        self.new: list[list[torch.Tensor]] = []  # the same of those that came since the limit was lowered
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         products, seen, tightened = self.products, 0, 0
@@ -131,7 +132,7 @@ class _Search:
             right, length = products.right(start)
             self._collect(products.bounds(self.left, right), length, start)
             seen += len(right)
-            crowded = len(self.kept[0]) > _CANDIDATES
+            crowded = len(self.kept[0]) + sum(len(part[0]) for part in self.new) > _CANDIDATES
             if seen >= 2 * tightened or crowded:  # by then a limit lets through twice as many as it should
                 self._tighten()
                 tightened = seen
@@ -145,7 +146,7 @@ class _Search:
         count = low.shape[1] // _GROUP
         whole, rest = low[:, : count * _GROUP].unflatten(1, (_GROUP, count)), low[:, count * _GROUP :]
         least = whole.amin(dim=1)
-        if count >= self.k and not len(self.kept[0]):  # the k-th smallest of the groups bounds that of all
+        if count >= self.k and not start:  # the k-th smallest of the groups bounds that of all
             first = _smallest(least, self.k).double()
             self.limit = torch.minimum(self.limit, first + self.products.gap(self.length, length.max()))
         limit = rounded_up(self.limit)
@@ -153,23 +154,26 @@ class _Search:
         values = whole[query, :, group]
         hit, place = (values <= limit[query, None]).nonzero(as_tuple=True)
         self._keep(query[hit], place * count + group[hit], values[hit, place], length, start)
+        if not rest.shape[1]:
+            return
         query, column = (rest <= limit[:, None]).nonzero(as_tuple=True)
         self._keep(query, column + count * _GROUP, rest[query, column], length, start)
 
     def _keep(self, query, column, low, length, start) -> None:
         upper = low.double() + self.products.gap(self.length[query], length[column])
-        new = (query, column + start, low.double(), upper)
-        self.kept = [torch.cat(pair) for pair in zip(self.kept, new, strict=True)]
+        self.new.append([query, column + start, low.double(), upper])
 
     def _tighten(self) -> None:
         """Lowers the limit to the k-th smallest upper bound of each query and drops what lies above it."""
+        self.kept = [torch.cat(parts) for parts in zip(self.kept, *self.new, strict=True)]
+        self.new = []
         query, _, low, upper = self.kept
-        order = torch.argsort(query.short(), stable=True)
+        order = torch.argsort(upper)
+        order = order[torch.argsort(query[order].short(), stable=True)]
         counts = torch.bincount(query, minlength=len(self.queries))
-        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query[order]]
-        table = upper.new_full((len(self.queries), max(self.k, int(counts.max()))), torch.inf)
-        table[query[order], place] = upper[order]
-        self.limit = torch.minimum(self.limit, _smallest(table, self.k))
+        full = counts >= self.k
+        last = (counts.cumsum(0) - counts)[full] + self.k - 1
+        self.limit[full] = torch.minimum(self.limit[full], upper[order[last]])
         near = low <= self.limit[query]
         self.kept = [part[near] for part in self.kept]
 

@@ -100,6 +100,25 @@ def test_equal_references_go_to_the_lower_row(small_blocks, monkeypatch, dtype):
     assert nearest(queries[:1], references, 4).row.tolist() == [[0, 1, 2, 3]]
 
 
+def test_one_query_with_many_candidates_does_not_cost_the_others_memory(monkeypatch):
+    """All references lie on a sphere about the first query: everything of what is kept must be linear in the candidates."""
+    largest = []
+
+    def counted(left, i, right, j):
+        largest.append(len(i))
+        return squared_distances(left, i, right, j)
+
+    monkeypatch.setattr(knn, "squared_distances", counted)
+    monkeypatch.setattr(knn, "_CANDIDATES", 3000)
+    references = gaussian(21, 12_000, 3)
+    references /= np.linalg.norm(references, axis=1, keepdims=True)
+    queries = np.concatenate([np.zeros((1, 3), np.float32), gaussian(22, 30, 3)])
+    found = nearest(queries, references, 5)
+    np.testing.assert_array_equal(found.row[1:], brute_force(queries, references, 5)[1][1:])
+    np.testing.assert_allclose(found.squared[0], brute_force(queries, references, 5)[0][0], rtol=1e-12)
+    assert max(largest) < 3000 + 2048 + 31 * 5
+
+
 def test_one_long_vector_does_not_hide_the_others(small_blocks):
     references = gaussian(11, 400, 10)
     references[3] *= 1e8
