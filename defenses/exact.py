@@ -8,6 +8,8 @@ block size, also where TF32 or bfloat16 products are allowed: both hold such inp
 import numpy as np
 import torch
 
+from defenses.bounds import quickest_product
+
 _EXACT = 1024  # longest exact product: 1024 * 128^2 = 2^24
 
 
@@ -29,12 +31,25 @@ def squares(rows: torch.Tensor) -> torch.Tensor:
     return sum(part.square().sum(dim=1).to(integer) for part in rows.split(_EXACT, dim=1))
 
 
-def reduced_differences(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Squared differences less ``squares(left)``, |r|^2 - 2 l.r, of centred rows [q, D] and [r, D], exact integers [q, r]."""
-    result = squares(right).repeat(len(left), 1)
+def reduced_differences(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor | None = None,
+    product: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared differences less ``squares(left)``, |r|^2 - 2 l.r, of centred rows [q, D] and [r, D], exact integers [q, r].
+
+    ``out`` (of `integer_type`) and ``product`` (float32), both contiguous [q, r], are buffers; null: new ones.
+    """
+    shape = (len(left), len(right))
+    out = left.new_empty(shape, dtype=integer_type(left.shape[1])) if out is None else out
+    product = left.new_empty(shape) if product is None else product
+    out[:] = squares(right)
+    multiply = quickest_product(min(left.shape[1], _EXACT), torch.float32, left.device)
     for part, other in zip(left.split(_EXACT, dim=1), right.split(_EXACT, dim=1), strict=True):
-        result.sub_((part @ other.T).to(result.dtype), alpha=2)
-    return result
+        multiply(part, other, product)
+        out.sub_(product.to(out.dtype), alpha=2)
+    return out
 
 
 def squared_differences(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

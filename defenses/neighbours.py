@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from defenses.bounds import Products, rounded_up
 from defenses.exact import centred, integer_type, l2_of, reduced_differences, squares
+from defenses.knn import squared_distances
+from defenses.nearestlists import BestQuery, KNearest
 
 VIEWS = tuple(
     f"{flip}{shift}" for flip in ("", "mirror ") for shift in ("identity", "up", "down", "left", "right")
 )  # fixed for all arms and for the control: see design.md
 
 _BLOCK = 2048  # most queries and references in one matrix product
-_MEMORY_BYTES = 2**28  # for the matrices [queries, references] of one block
+_MEMORY_BYTES = 2**28  # for the pictures of one block, as they enter a product
 
 
 @dataclass
@@ -123,20 +126,29 @@ def search(
     rows = np.arange(len(queries)) if rows is None else np.asarray(rows, dtype=np.int64)
     count, size = len(references), int(np.prod(references.shape[1:]))
     order = np.argsort(picture, kind="stable")  # by picture id, then row: a lower place wins a tie
-    pictures, segment = np.unique(np.asarray(picture)[order], return_inverse=True)
-    segment = torch.from_numpy(segment).to(device)
-    best = torch.full((len(pictures),), torch.iinfo(torch.int64).max, device=device)
-    found: list[list[torch.Tensor]] = []
-    for some in _blocks(rows, min(_BLOCK, max(1, _MEMORY_BYTES // (8 * count)))):
-        near, same = _squared(centred(queries[some], device), references, order)
-        for part in _blocks(np.arange(len(some)), max(1, _MEMORY_BYTES // (32 * count))):
-            start, stop = int(part[0]), int(part[-1]) + 1
-            keys, own = _keys(near[start:stop], segment, len(pictures)), _keys(same[start:stop], segment, len(pictures))
-            single = _keys(near[start:stop], None, count)
-            found.append([_smallest(key, k) for key in (keys, own, single)])
-            place = torch.from_numpy(some[start:stop]).to(device)
-            best = torch.minimum(best, (keys // count * len(queries) + place[:, None]).amin(dim=0))
-    return _result(found, best.cpu().numpy(), rows, order, np.asarray(picture), pictures, k, size, len(queries))
+    pictures, first, segment = np.unique(np.asarray(picture)[order], return_index=True, return_inverse=True)
+    best = BestQuery(count)
+    found = []
+    for some in _blocks(rows, max(1, min(_BLOCK, _MEMORY_BYTES // (4 * size)))):
+        distinct, identity = (KNearest(len(some), k, segment) for _ in range(2))
+        single = KNearest(len(some), k, np.arange(count)) if len(pictures) < count else distinct
+        for start, near, same in _squared(centred(queries[some], device), references, order):
+            groups = distinct.add(near, start)
+            identity.add(same, start)
+            if single is not distinct:
+                single.add(near, start, groups)
+            best.add(near, start, some)
+        found.append([lists.table for lists in (distinct, identity, single)])
+    squared, query = best.of_segments(first)
+    widths = (min(k, len(pictures)), min(k, len(pictures)), min(k, count))
+    tables = list(zip(*found, strict=True)) or [[np.zeros((0, width), dtype=np.int64)] for width in widths]
+    neighbours = []
+    for parts in tables:
+        keys = np.concatenate(parts)
+        row = order[keys % count]
+        neighbours.append(Neighbours(l2_of(keys // count, size).astype(np.float32), np.asarray(picture)[row], row))
+    distance = np.where(query >= 0, l2_of(squared, size), np.inf)
+    return SearchResult(rows, *neighbours, pictures, distance, query)
 
 
 def search_sharded(
@@ -165,36 +177,28 @@ def pairs_within(vectors: np.ndarray, radius: float) -> tuple[np.ndarray, np.nda
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError("vectors must be finite, [N, D]")
-    moved = vectors - vectors.mean(axis=0, keepdims=True) if len(vectors) else vectors  # less cancellation
-    norm = np.square(moved, dtype=np.float64).sum(axis=1)
     size = max(vectors.shape[1], 1)
-    found = [
-        _close_pairs(vectors, moved, norm, first, second, size * radius**2)
-        for first in _blocks(np.arange(len(vectors)), _BLOCK)
-        for second in _blocks(np.arange(first[0], len(vectors)), _BLOCK)
-    ]
-    i, j, squared = (np.concatenate(part) for part in zip(*found, strict=True)) if found else np.zeros((3, 0))
+    i, j = _close_rows(vectors, size * radius**2) if len(vectors) else np.zeros((2, 0), dtype=np.int64)
+    squared = squared_distances(vectors, i, vectors, j)
+    keep = squared <= size * radius**2
+    i, j, distance = i[keep], j[keep], np.sqrt(squared[keep] / size)
     order = np.lexsort((j, i))
-    return i[order].astype(np.int64), j[order].astype(np.int64), np.sqrt(squared[order] / size)
+    return i[order], j[order], distance[order]
 
 
-def _close_pairs(
-    vectors: np.ndarray, moved: np.ndarray, norm: np.ndarray, first: np.ndarray, second: np.ndarray, limit: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of two blocks with squared distance <= limit: shortlist by |a|^2 + |b|^2 - 2ab, then direct differences."""
-    length = norm[first, None] + norm[None, second]
-    # float32 products of length D err by at most D * 2^-24 * |a||b|, and 2|a||b| <= |a|^2 + |b|^2
-    slack = (vectors.shape[1] + 8) * 2.0**-23 * length
-    near = length - 2.0 * (moved[first] @ moved[second].T) <= limit + slack
-    i, j = np.nonzero(near)
-    i, j = first[i], second[j]
-    i, j = i[i < j], j[i < j]
-    squared = np.zeros(len(i))
-    for some in _blocks(np.arange(len(i)), max(1, 2**22 // max(vectors.shape[1], 1))):
-        difference = vectors[i[some]].astype(np.float64) - vectors[j[some]]
-        squared[some] = np.einsum("nd,nd->n", difference, difference)
-    keep = squared <= limit
-    return i[keep], j[keep], squared[keep]
+def _close_rows(vectors: np.ndarray, limit: float) -> np.ndarray:
+    """All pairs i < j whose squared distance may be at most ``limit``, by lower bounds, int64 [2, P]."""
+    products, found = Products(vectors, torch.device("cpu")), []
+    for first in _blocks(np.arange(len(vectors)), products.step):
+        left, length = products.left(vectors[first])
+        own = length.square()
+        reach = rounded_up((limit - own) / 2 + products.of_lengths * own + products.tiny)
+        for start in range(int(first[0]), len(vectors), products.step):
+            low = products.bounds(left, products.right(start)[0])
+            i, j = np.nonzero((low <= reach[:, None]).numpy())
+            i, j = i + first[0], j + start
+            found.append(np.stack([i[i < j], j[i < j]]))
+    return np.concatenate(found, axis=1)
 
 
 def _check(queries: Any, references: Any, picture: np.ndarray, k: int) -> None:
@@ -210,50 +214,36 @@ def _blocks(rows: np.ndarray, length: int) -> Iterator[np.ndarray]:
     return (rows[start : start + length] for start in range(0, len(rows), length))
 
 
-def _squared(queries: torch.Tensor, references: Any, order: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared distances in grey levels to the references in the given order, integers [q, R]: over all views, identity."""
+def _squared(
+    queries: torch.Tensor, references: Any, order: np.ndarray
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Squared distances in grey levels to the references in the given order, block by block.
+
+    Yields:
+        Place of the block's first reference; integers [q, r] over all views, and of the identity view (buffers that the next
+        block overwrites).
+    """
     size = queries.shape[1]
-    near = torch.empty((len(queries), len(order)), dtype=integer_type(size), device=queries.device)
-    same = torch.empty_like(near)
+    length = max(1, min(_BLOCK, _MEMORY_BYTES // (16 * size)))  # ten views of a byte, one in float32
+    shape = (len(queries), min(length, len(order)))
+    least, same, view_squared = (torch.empty(shape, dtype=integer_type(size), device=queries.device) for _ in range(3))
+    product = torch.empty(shape, device=queries.device)
     own = squares(queries)[:, None]
-    length = max(1, min(_BLOCK, _MEMORY_BYTES // (4 * size * len(VIEWS))))
     for start in range(0, len(order), length):
         block = torch.from_numpy(np.ascontiguousarray(references[order[start : start + length]])).to(queries.device)
-        least = None
+        near, identity, squared, floats = (
+            part.flatten()[: len(queries) * len(block)].view(len(queries), -1)
+            for part in (least, same, view_squared, product)
+        )
         for name, view in zip(VIEWS, views(block), strict=True):
-            squared = reduced_differences(queries, centred(view, queries.device))
+            into = near if name == "identity" else squared
+            reduced_differences(queries, centred(view, queries.device), out=into, product=floats)
             if name == "identity":
-                same[:, start : start + length] = squared + own
-            least = squared if least is None else torch.minimum(least, squared)
-        near[:, start : start + length] = least + own
-    return near, same
-
-
-def _keys(squared: torch.Tensor, segment: torch.Tensor | None, pictures: int) -> torch.Tensor:
-    """Squared distance and place of the reference as one integer, unique and ordered alike, int64 [q, P]."""
-    count = squared.shape[1]
-    keys = squared.long() * count + torch.arange(count, device=squared.device)
-    if segment is None or pictures == count:
-        return keys
-    least = torch.full((len(keys), pictures), torch.iinfo(torch.int64).max, device=keys.device)
-    return least.scatter_reduce(1, segment.expand_as(keys), keys, "amin")
-
-
-def _smallest(keys: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.topk(keys, min(k, keys.shape[1]), largest=False, sorted=True).values.cpu()
-
-
-def _result(found, best, rows, order, picture, pictures, k, size, queries) -> SearchResult:
-    widths = (min(k, len(pictures)), min(k, len(pictures)), min(k, len(order)))
-    columns = list(zip(*found, strict=True)) or [[torch.zeros((0, width), dtype=torch.int64)] for width in widths]
-    neighbours = []
-    for parts in columns:
-        keys = torch.cat(list(parts)).numpy()
-        row = order[keys % len(order)]
-        neighbours.append(Neighbours(l2_of(keys // len(order), size).astype(np.float32), picture[row], row))
-    seen = best < np.iinfo(np.int64).max
-    distance = np.where(seen, l2_of(best // max(queries, 1), size), np.inf)
-    return SearchResult(rows, *neighbours, pictures, distance, np.where(seen, best % max(queries, 1), -1))
+                torch.add(near, own, out=identity)
+            else:
+                torch.minimum(near, squared, out=near)
+        near += own
+        yield start, near, identity
 
 
 def _merge(parts: list[SearchResult]) -> SearchResult:

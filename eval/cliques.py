@@ -29,16 +29,17 @@ def largest_clique(adjacency: np.ndarray, *, seconds: float) -> Clique:
 
     Args:
         adjacency: bool [n, n], symmetric; the diagonal is ignored.
-        seconds: wall-clock bound of the search. A greedy clique is found first, whatever the bound.
+        seconds: wall-clock bound from the call on. Ordering the nodes, which takes time in n^2 alone, and one greedy clique
+            are done whatever the bound.
     """
+    deadline = time.monotonic() + seconds
     adjacency = np.array(adjacency, dtype=bool)
     if adjacency.ndim != 2 or not np.array_equal(adjacency, adjacency.T):
         raise ValueError("adjacency must be a symmetric square matrix")
     np.fill_diagonal(adjacency, False)
     order = _degeneracy_order(adjacency)
-    search = _Search(_bitsets(adjacency[np.ix_(order, order)]), time.monotonic() + seconds)
-    search.greedy()
-    exact = search.prove()
+    search = _Search(_bitsets(adjacency[np.ix_(order, order)]), deadline)
+    exact = search.greedy() and search.prove()
     return Clique(sorted(int(order[place]) for place in search.best), exact)
 
 
@@ -53,22 +54,33 @@ class _Search:
         """Neighbours of a node that come after it: every clique is found once, from its first node."""
         return self.neighbours[node] >> (node + 1) << (node + 1)
 
-    def greedy(self) -> None:
-        """A lower bound: from every node, always take on the last candidate, which lies in the densest core."""
-        for node in reversed(range(len(self.neighbours))):
-            clique, candidates = [node], self.later(node)
-            while candidates and len(clique) + candidates.bit_count() > len(self.best):
-                clique.append(candidates.bit_length() - 1)
-                candidates &= self.neighbours[clique[-1]]
-            if not candidates and len(clique) > len(self.best):
-                self.best = clique
+    def greedy(self) -> bool:
+        """A lower bound, from all nodes together, then from each: always take on the last candidate, which lies in the densest
+        core. True if the time sufficed; the first is done whatever the time."""
+        count = len(self.neighbours)
+        self._take([], (1 << count) - 1)
+        for node in reversed(range(count)):
+            if time.monotonic() > self.deadline:
+                return False
+            self._take([node], self.later(node))
+        return True
+
+    def _take(self, clique: list[int], candidates: int) -> None:
+        while candidates and len(clique) + candidates.bit_count() > len(self.best):
+            clique.append(candidates.bit_length() - 1)
+            candidates &= self.neighbours[clique[-1]]
+        if not candidates and len(clique) > len(self.best):
+            self.best = clique
 
     def prove(self) -> bool:
         """Searches for anything larger than ``best``; True if that came to its end within the time."""
-        return all(self._branch(node) for node in reversed(range(len(self.neighbours))))
+        places = reversed(range(len(self.neighbours)))
+        return all(self._branch(node) for node in places if self.later(node).bit_count() >= len(self.best))
 
     def _branch(self, node: int) -> bool:
         """All cliques whose first node is this one, depth first (an explicit stack: cliques may be deep)."""
+        if time.monotonic() > self.deadline:
+            return False
         clique, stack = [node], [self._coloured(self.later(node), 1)]
         while stack:
             branches = stack[-1]
@@ -109,13 +121,14 @@ class _Search:
 
 def _degeneracy_order(adjacency: np.ndarray) -> np.ndarray:
     """Nodes in the order in which the one of least degree (the lowest of equals) is taken away, int64 [n]."""
-    degree = adjacency.sum(axis=1)
-    left = np.ones(len(adjacency), dtype=bool)
-    order = np.empty(len(adjacency), dtype=np.int64)
-    for step in range(len(adjacency)):
-        order[step] = node = int(np.where(left, degree, len(adjacency)).argmin())
-        left[node] = False
-        degree -= adjacency[node]
+    count = len(adjacency)
+    rows = adjacency.astype(np.int32)
+    degree = rows.sum(axis=1, dtype=np.int32)
+    order = np.empty(count, dtype=np.int64)
+    for step in range(count):
+        order[step] = node = degree.argmin()
+        degree -= rows[node]
+        degree[node] = 2 * count  # stays above all others, which lose less than ``count`` more
     return order
 
 

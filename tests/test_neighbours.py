@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from defenses import neighbours
+from defenses import bounds, neighbours
 from defenses.neighbours import VIEWS, adaptive_score, pairs_within, search, views
 from tests.reference import brute_force as brute
 
@@ -165,7 +165,7 @@ def brute_pairs(vectors: np.ndarray, radius: float):
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])  # far from the origin |a|^2 + |b|^2 - 2ab alone loses everything
 def test_pairs_within_equal_brute_force(monkeypatch, offset):
-    monkeypatch.setattr(neighbours, "_BLOCK", 16)
+    monkeypatch.setattr(bounds, "_REFERENCES", 16)
     random = np.random.default_rng(9)
     vectors = random.normal(size=(60, 12))
     vectors[40] = vectors[3] + 1e-3
