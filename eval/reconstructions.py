@@ -1,5 +1,6 @@
 """Reconstructed halves against their originals: distances, fills that know of no model, members against held-out pictures."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ COLUMNS = [
     "record_id", "member", "group", "reference", "l2", "l2_hidden", "l2_first", "score_first", "l2_mirror", "l2_mean", "fill",
 ]  # fmt: skip
 _EXAMPLES = 4  # pictures of either side that the report shows
-_FEW = 20  # pictures on a side below which the report says so
 
 
 def mirrored(picture: np.ndarray) -> np.ndarray:
@@ -119,17 +119,18 @@ def summary(
 
     unit = "group" if asked.grouped else "picture"
     sides = {"members": asked.member, "nonmembers": ~asked.member}
+    units = {name: len(np.unique(asked.block[side])) for name, side in sides.items()}
     return {
         **{name: int(side.sum()) for name, side in sides.items()},
         "unit": unit,
-        "units": {name: len(np.unique(asked.block[side])) for name, side in sides.items()},
+        "units": units,
         "test": f"permutation of whole {unit}s, one-sided, difference of means" if exchangeable else None,
         **figures("l2"),
         "hidden_half": figures("l2_hidden"),
         "baseline": {"mirror": figures("l2_mirror"), "mean": figures("l2_mean")},
         "pairs": [[row["member"], row["l2_mirror"], row["l2"]] for row in rows],
         "examples": _examples(rows),
-        "note": _note(asked),
+        "note": _note(units, unit),
     }
 
 
@@ -171,6 +172,8 @@ def _examples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def _note(asked: Candidates) -> str | None:
-    fewest = min(int(asked.member.sum()), int((~asked.member).sum()))
-    return f"only {fewest} pictures on one side: the comparison resolves little" if fewest < _FEW else None
+def _note(units: dict[str, int], unit: str) -> str | None:
+    """A warning where so few units could not give a p-value of 0.01 whatever the distances."""
+    sides = list(units.values())
+    least = 1 / math.comb(sum(sides), sides[0])
+    return f"{sides[0]} and {sides[1]} {unit}s: no p-value below {least:.2g} is possible" if least > 0.01 else None

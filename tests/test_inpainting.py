@@ -84,6 +84,7 @@ def test_a_memoriser_gives_members_back_and_nobody_else(tmp_path):
             fill = np.asarray(image)
         assert (fill[:, SIDE // 2 :] == original[:, SIDE // 2 :]).all()
         assert np.sqrt(np.mean((fill / 255.0 - original / 255.0) ** 2)) == pytest.approx(row["l2_first"])
+    assert report["note"] is None
     json.dumps(report, allow_nan=False)
 
 
@@ -196,13 +197,18 @@ def test_what_needs_heldout_pictures_is_null_without_them(tmp_path):
     data = dataset(4, 0)
     report = run(scene(tmp_path, data, memoriser(data))).report
     assert report["member_l2_mean"] < 0.1 and report["nonmember_l2_mean"] is None
-    assert report["p_value"] is None and report["auc"] is None and report["note"].startswith("only 0 pictures")
+    assert (
+        report["p_value"] is None
+        and report["auc"] is None
+        and report["note"] == "4 and 0 pictures: no p-value below 1 is possible"
+    )
 
 
 def test_there_is_no_p_value_where_heldout_pictures_are_of_another_kind(tmp_path):
     data = dataset(4, 4)
     report = run(scene(tmp_path, data, memoriser(data), exchangeable=False)).report
     assert report["p_value"] is None and report["test"] is None and report["auc"] is not None
+    assert report["note"] == "4 and 4 pictures: no p-value below 0.014 is possible"  # 1 of 70 ways to choose 4 of 8
 
 
 def test_generations_alone_cannot_be_asked(tmp_path):
