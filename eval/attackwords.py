@@ -2,11 +2,8 @@
 
 from typing import Any
 
+from eval.entries import PRIMARY
 from eval.wording import percent
-
-# The attack whose figures stand for membership: the strongest that was run, fixed beforehand. The best of all of them, chosen
-# after looking, would look better than it is.
-PRIMARY = ("lira-strong", "loss-strong", "loss-grid", "loss")
 
 NAMES = {
     "loss": "loss, one draw of noise",

@@ -84,7 +84,7 @@ def check(config: SimpleNamespace) -> None:
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
     check_along(config, foreign)
-    check_white_box(config)
+    check_white_box(config, foreign)
     check_copy_metrics(config, foreign)
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
@@ -118,7 +118,7 @@ def check(config: SimpleNamespace) -> None:
         raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")
 
 
-def check_white_box(config: SimpleNamespace) -> None:
+def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
     """Refuses attacks on weights where there are none, or none that predict noise.
 
     Raises:
@@ -132,6 +132,13 @@ def check_white_box(config: SimpleNamespace) -> None:
     if getattr(config, "pipeline", None) is None and config.model.family == "gan":
         raise UserError(
             f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
+        )
+    inpainting = config.attack.inpainting
+    if inpainting is not None and foreign is None and inpainting.steps > config.train.diffusion.timesteps:
+        raise UserError(
+            "attack.inpainting.steps",
+            f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}",
+            "lower it",
         )
     if config.attack.membership is None:
         return

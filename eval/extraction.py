@@ -39,7 +39,7 @@ class ExtractionConfig:
     verify_l2: float = 0.15  # prompted: largest l2 of a candidate to its nearest picture
     # prompted: generations in a clique that flags a prompt; null: 10, or max(4, ceil(N/10)) for N < 100 generations
     clique_size: int | None = None
-    clique_seconds: float = 30.0  # prompted: time for the clique search of one prompt; 0: the greedy clique alone
+    clique_seconds: float = 30.0  # prompted: time for the clique search of one prompt; 0: one greedy clique alone
     permutations: int = 9999  # of the control's test; its smallest p-value is 1 / (permutations + 1)
     # size that the attack must reach, or it is refused; null: any size, which the report then names
     tier: Literal["smoke", "small", "standard", "paper"] | None = None

@@ -15,6 +15,7 @@ from defenses.errors import UserError
 from defenses.neighbours import search_sharded
 from defenses.references import Rows
 from defenses.seeding import derive
+from eval.entries import PRIMARY
 from eval.extraction import Extraction
 from eval.intervals import rate_interval
 from eval.overlap import compare_runs
@@ -33,8 +34,6 @@ NEIGHBOURS = 10  # distinct pictures whose mean distance is the outlierness
 _TOP = 20
 _RATES = (0.001, 0.01, 0.05, 0.1)  # false-positive rates at which a member may count as recognised
 _LEAST_FALSE_POSITIVES = 10  # that such a rate must allow
-# the attack that tells of a single picture: the strongest in the literature that was run, not the best on these pictures
-_PREFERRED = ("lira-strong", "lira", "lira-strong-offline", "lira-offline", "loss-strong", "clid", "loss")
 
 
 def outlierness(training: Pictures, accelerator: Any = None) -> np.ndarray:
@@ -101,7 +100,7 @@ def risk_table(
 def membership_attack(rows: Sequence[dict[str, Any]]) -> str | None:
     """The attack of membership.csv whose score stands for a picture; None where none was run."""
     run = [name.removesuffix("_fpr") for name in (rows[0] if rows else ()) if name.endswith("_fpr")]
-    return next((name for name in _PREFERRED if name in run), run[0] if run else None)
+    return next((name for name in PRIMARY if name in run), run[0] if run else None)
 
 
 def _extracted(extraction: Extraction | None, place: int) -> dict[str, Any]:
