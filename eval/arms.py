@@ -16,6 +16,8 @@ from train.splits import blocks
 SECTIONS = ("data", "defenses", "model", "privacy", "utility", "cost")  # of report.json, where its figures are
 NOT_FIGURES = {
     "settings", "findings", "by_copies", "guard_off", "extraction_guard_off", "reasons", "notes", "generations_rejected",
+    # lists whose places mean another attack, picture or pair in each run: they stay in the arms' own reports
+    "membership", "pairs", "examples", "metrics", "agreement", "disagreements", "top", "by_outlierness", "correlation", "curve",
 }  # fmt: skip
 
 

@@ -160,11 +160,20 @@ COLUMNS = ["unit", "included", "score"]
 KIND = "one run, canaries left out by coin (Steinke, Nasr and Jagielski 2023)"
 
 
-def audit_run(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerator: Accelerator) -> RunAudit | None:
+def audit_run(
+    folder: Path,
+    config: SimpleNamespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    *,
+    model: Path | None = None,
+    facts: dict[str, Any] | None = None,
+) -> RunAudit | None:
     """Guesses from the released weights which canaries a run was trained on. All ranks take part.
 
     Args:
         folder: run directory of the training, with its ``model/``.
+        model, facts: another checkpoint of the same training and what is known of it; None: what the training released.
 
     Returns:
         None where the run had no canaries.
@@ -172,11 +181,11 @@ def audit_run(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerat
     file = folder / canaries.FILE
     if not file.exists():
         return None
-    facts = json.loads((folder / RECORD).read_text())
+    facts = facts or json.loads((folder / RECORD).read_text())
     claim = next((entry["claim"] for entry in facts["defenses"] if entry["name"] == "dpsgd"), {})
     table = canaries.read(file)
     rows = np.array([canary.row for canary in table], dtype=np.int64)
-    losses = released_losses(folder / "model", config, dataset, rows, facts["classes"], accelerator)
+    losses = released_losses(model or folder / "model", config, dataset, rows, facts["classes"], accelerator)
     scores = unit_scores(losses, [canary.unit for canary in table])
     included = {canary.unit: canary.included for canary in table}
     lines = [{"unit": unit, "included": included[unit], "score": score} for unit, score in scores.items()]

@@ -122,9 +122,10 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
     """Refuses attacks on weights where there are none, or none that predict noise.
 
     Raises:
-        UserError: attack.membership or attack.inpainting.
+        UserError: attack.membership, attack.inpainting or attack.canaries.
     """
     attacks = [name for name in ("membership", "inpainting") if getattr(config.attack, name) is not None]
+    attacks += ["canaries"] if config.data.canaries is not None and config.attack.canaries is not None else []
     if not attacks:
         return
     if getattr(config, "generations", None) is not None:

@@ -79,6 +79,15 @@ class Denoiser:
         signal, spread = self.rates(timesteps, x)
         return signal * output + spread * x if self.prediction == "v_prediction" else (x - signal * output) / spread
 
+    def predict_clean(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Predicted x_0 in x_t = ``x``; without dividing by sqrt(a_t), which is 0 at the end of some schedules, where the network
+        does not predict the noise itself."""
+        output = self.predict(x, timesteps, condition)
+        if self.prediction == "epsilon":
+            return self.clean(x, output, timesteps)
+        signal, spread = self.rates(timesteps, x)
+        return signal * x - spread * output if self.prediction == "v_prediction" else output
+
     def clean(self, x: torch.Tensor, epsilon: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Predicted x_0 from x_t = ``x`` and the noise predicted in it."""
         signal, spread = self.rates(timesteps, x)
@@ -181,7 +190,13 @@ def _text_to_image(pipeline: Any, shape: tuple[int, int, int], device: torch.dev
         if part is not None:
             part.eval().requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = network.config.sample_size * factor
+    sizes = network.config.sample_size
+    sizes = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes or (0, 1))
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            "pipeline", f"its unet has sample_size {network.config.sample_size}", "only square sizes are known"
+        )
+    side = sizes[0] * factor
     shift = getattr(vae.config, "shift_factor", None) or 0.0
 
     @torch.no_grad()

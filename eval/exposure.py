@@ -64,24 +64,33 @@ class Planted:
     table: list[dict[str, Any]]
 
 
-def measure(folder: Path, config: SimpleNamespace, dataset: Dataset, accelerator: Accelerator) -> Planted | None:
+def measure(
+    folder: Path,
+    config: SimpleNamespace,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    *,
+    model: Path | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Planted | None:
     """Losses of the released weights on canaries and pool, and what they show. All ranks take part.
 
     Args:
         folder: run directory of the training, with its ``model/``.
         dataset: its records, ``kept`` as in its manifest: the coins are read there.
+        model, facts: another checkpoint of the same training and what is known of it; None: what the training released.
 
     Returns:
         None where the run had no canaries.
     """
     if config.data.canaries is None:
         return None
-    facts = json.loads((folder / RECORD).read_text())
+    facts = facts or json.loads((folder / RECORD).read_text())
     claim = next((entry["claim"] for entry in facts["defenses"] if entry["name"] == "dpsgd"), {})
     kinds = {kind: drawn(dataset.records, kind, config.data.canaries) for kind in config.data.canaries.kinds}
     rows = np.unique(np.concatenate(list(kinds.values())))
     losses = released_losses(
-        folder / "model", config, dataset, rows, facts["classes"], accelerator, config.attack.canaries.draws
+        model or folder / "model", config, dataset, rows, facts["classes"], accelerator, config.attack.canaries.draws
     )
     table = [
         line

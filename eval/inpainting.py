@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from eval.repaint import evaluations, repaint, walk
 from eval.scores import Chunk, chunk_losses
 from eval.shadows import train_shadows
 from eval.suite import Finding, Scene
-from eval.target import Target, timed
+from eval.target import Target
 from train.data import Record
 from train.files import atomic
 from train.sampling import to_pil, to_uint8
@@ -102,25 +103,22 @@ def run(scene: Scene) -> Finding | None:
     seed, dataset = scene.config.run.seed, target.dataset
     asked = candidates(dataset, settings.pictures, seed)
     reference = reference_of(scene)
-    with timed(target.output, "inpainting_seconds", accelerator):
-        folder = target.output.path / FOLDER
-        on_main(accelerator, lambda: folder.mkdir(exist_ok=True, mode=0o700))
-        mean = MeanPicture.of(dataset)
+    folder = target.output.path / FOLDER
+    on_main(accelerator, lambda: folder.mkdir(exist_ok=True, mode=0o700))
+    mean = MeanPicture.of(dataset)
 
-        def work() -> list[tuple[int, dict[str, Any]]]:
-            mine = range(accelerator.process_index, len(asked), accelerator.num_processes)
-            bar = tqdm(mine, desc="inpaint", unit="picture", disable=not accelerator.is_main_process)
-            return [(place, _row(scene, asked, place, reference, mean, folder)) for place in bar]
+    def work() -> list[tuple[int, dict[str, Any]]]:
+        mine = range(accelerator.process_index, len(asked), accelerator.num_processes)
+        bar = tqdm(mine, desc="inpaint", unit="picture", disable=not accelerator.is_main_process)
+        return [(place, _row(scene, asked, place, reference, mean, folder)) for place in bar]
 
-        found = gather_object(together(accelerator, work))
+    found = gather_object(together(accelerator, work))
     rows = [row for _, row in sorted(found, key=lambda pair: pair[0])]
-    seconds = on_main(accelerator, lambda: target.output.progress()["inpainting_seconds"])
     report = {
         "settings": _settings(settings, scene.denoiser),
         "reference": reference.kind,
         "ranking": "L_target" if reference.kind == "none" else "L_target / L_reference",
         **summary(asked, rows, settings.permutations, seed, exchangeable=scene.config.data.exchangeable()),
-        "seconds": seconds,
     }
     return Finding(report, {"inpainting.csv": (COLUMNS, rows)})
 
@@ -166,6 +164,8 @@ def reconstruct(
         indices = range(start, min(settings.fills, start + settings.batch_size))
         generators = [generator(seed, "attack/inpainting", row, index) for index in indices]
         x = repaint(denoiser, known, hidden, denoiser.condition(value * len(indices)), levels, generators)
+        if not torch.isfinite(x).all():
+            raise UserError("attack.inpainting", "the model's fills are no numbers", "set it to null")
         images = to_uint8(denoiser.decode(x).cpu())
         images[..., blind.shape[-1] // 2 :] = blind[..., blind.shape[-1] // 2 :]
         score = _loss(denoiser, images, record, row, settings.draws, seed)

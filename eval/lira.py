@@ -111,7 +111,7 @@ def shadow_attacks(
         **told,
         "gradient_timesteps": GRADIENT_TIMESTEPS,
         "records_per_shadow": int(np.median(shadows.trained.sum(1))),
-        "records_of_run": len(dataset.rows("train")),
+        "records_of_run": len(dataset.rows("train", kept=True)),
         "train_seconds": shadows.seconds,
     }
     return ShadowScores(found, _against_loss(found, own, who), settings)

@@ -75,6 +75,16 @@ def _drawn(dataset: Dataset, rows: np.ndarray, most: int | None, seed: int) -> n
     return np.sort(first[shuffled(block, np.random.default_rng(seed))[:most]])
 
 
+def told(denoiser: Denoiser, records: Sequence[Record]) -> str:
+    """Whether `conditions` are the records' own, in words for the report."""
+    if denoiser.kind == "caption":
+        return "own" if any(record.caption for record in records) else "empty: there are no captions"
+    if denoiser.kind == "class":
+        known = any(record.label in denoiser.classes for record in records)
+        return "own" if known else "class 0: which class is which is not known"
+    return "none"
+
+
 def conditions(denoiser: Denoiser, records: Sequence[Record]) -> list[Any]:
     """What the model is told of each record: its class index, its caption, or None.
 

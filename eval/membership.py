@@ -197,7 +197,7 @@ def _grid(probe: Probe, settings: MembershipConfig) -> list[Scores]:
 
 def _secmi(probe: Probe, settings: MembershipConfig) -> list[Scores]:
     step = max(1, probe.denoiser.timestep(SECMI_STEP))
-    steps = max(1, round(PLACE / SECMI_STEP))
+    steps = max(1, probe.denoiser.timestep(PLACE) // step)
     return [Scores("secmi", secmi(probe, steps * step, step), steps + 2, {"t_sec": steps * step, "step": step})]
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from defenses.ranks import on_main
+
 from eval import copymetrics, denoiser, exposure, inpainting, membership, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
@@ -24,6 +26,9 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
             finding = run(scene)
         if finding is not None:
             found[name] = finding
+            if name == "inpainting":
+                progress = scene.target.output.progress
+                finding.report["seconds"] = on_main(scene.accelerator, lambda: progress()["inpainting_seconds"])
     if settings.risk and (scene.extraction is not None or found):
         with timed(scene.target.output, "risk_seconds", scene.accelerator):
             found["risk"] = _risk(scene, found)
@@ -41,7 +46,9 @@ def _canaries(scene: Scene) -> Finding | None:
     target = scene.target
     if target.run is None:
         return None
-    planted = exposure.measure(target.run.path, scene.config, target.dataset, scene.accelerator)
+    planted = exposure.measure(
+        target.run.path, scene.config, target.dataset, scene.accelerator, model=target.pipeline, facts=target.facts
+    )
     return planted and Finding(planted.report, {"canaries.csv": (exposure.COLUMNS, planted.table)})
 
 

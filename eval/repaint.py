@@ -78,7 +78,7 @@ def repaint(
             x = kept**0.5 * x + (1 - kept) ** 0.5 * noise()
             continue
         t = torch.full((count,), int(timestep[level - 1]), dtype=torch.int64, device=device)
-        clean = denoiser.clean(x, denoiser.epsilon(x, t, condition), t)
+        clean = denoiser.predict_clean(x, t, condition)
         if not denoiser.latent:
             clean = clean.clamp(-1, 1)
         before, now = signal[following], signal[level]

@@ -15,6 +15,7 @@ from defenses.errors import UserError
 from defenses.neighbours import search_sharded
 from defenses.references import Rows
 from defenses.seeding import derive
+from eval.copymetrics import METRICS
 from eval.entries import PRIMARY
 from eval.extraction import Extraction
 from eval.intervals import rate_interval
@@ -124,10 +125,10 @@ def _copied(
     for metric in report["metrics"]:
         if metric["threshold"] is None:
             continue
-        sign = 1 if metric["direction"] == ">" else -1
+        rule = METRICS[metric["name"]]
         for row in rows:
             value, names = row[metric["name"]], found.setdefault(picture_of[row["record_id"]], [])
-            if value is not None and sign * (value - metric["threshold"]) > 0 and metric["name"] not in names:
+            if value is not None and metric["name"] not in names and rule.passed(np.array(value), metric["threshold"]):
                 names.append(metric["name"])
     return found
 

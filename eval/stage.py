@@ -48,6 +48,8 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
         The contents of report.json.
     """
     output = target.output
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    model = white_box(target.pipeline, config.attack, shape, accelerator.device)  # first: it may be refused
     source = generate(target, config, accelerator) if target.pipeline is not None else None
     images = find(target.generations, config.data.image_size, config.data.channels)
     found = Findings(images)
@@ -58,9 +60,9 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
         found.extraction.report["seconds"] = on_main(accelerator, lambda: output.progress()["attack_seconds"])
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
-            found.audit = audit_run(target.run.path, config, target.dataset, accelerator)
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
-    model = white_box(target.pipeline, config.attack, shape, accelerator.device)
+            found.audit = audit_run(
+                target.run.path, config, target.dataset, accelerator, model=target.pipeline, facts=target.facts
+            )
     found.parts = run_parts(Scene(target, config, accelerator, model, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
         found.utility = quality_of(images, target.dataset, config, accelerator)

@@ -16,7 +16,7 @@ NOT_MEASURED = {
     "privacy.extraction": "Extraction was not measured: whether generating many pictures brings out training pictures.",
     "privacy.membership": "Membership was not measured: whether a holder of a picture can tell that it was trained on.",
     "privacy.inpainting": "Inpainting was not measured: whether a hidden part of a training picture can be reconstructed.",
-    "privacy.canaries": "Canaries were not planted: how strongly planted random pictures are memorised is unknown.",
+    "privacy.canaries": "Canaries were not planted, or not looked at: how strongly planted pictures are memorised is unknown.",
     "privacy.audit": "No audit: there is no empirical lower bound on epsilon to hold against a claimed guarantee.",
     "utility": "Utility was not measured: how close the generations are to held-out pictures.",
     "utility.downstream": "Downstream use was not measured: whether the generations serve a task, such as a classifier.",

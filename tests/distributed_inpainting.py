@@ -33,7 +33,6 @@ def measure(folder: Path) -> None:
     ]
     config = ExtractionConfig(permutations=9, clique_size=4)
     attack = prompted(groups, training, None, config, accelerator, exchangeable=True, seed=0)
-    del found.report["seconds"]
     facts = {
         "world": accelerator.num_processes,
         "report": found.report,

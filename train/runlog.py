@@ -39,6 +39,8 @@ WHILE_TRAINING = tuple(
     f"defenses.dpsgd.{name}"
     for name in "epsilon noise_multiplier delta clip_norm sample_rate batch_size multiplicity backend physical_batch test_seed".split()
 )
+# Attacks on the finished model: they may be switched and changed until the report is written. What they keep carries its settings.
+BEFORE_THE_REPORT = tuple(f"attack.{name}" for name in ("membership", "inpainting", "canaries", "copy_metrics", "risk"))
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
     "torch",
@@ -131,7 +133,9 @@ class RunDirectory:
         if stored.exists():
             changed = _changes(OmegaConf.load(stored), config)
             free = () if self.model.exists() else WHILE_TRAINING
-            _refuse_changes({key: pair for key, pair in changed.items() if key not in free}, self.path)
+            late = () if self.report.exists() else BEFORE_THE_REPORT
+            refused = {key: pair for key, pair in changed.items() if key not in free and not key.startswith(late)}
+            _refuse_changes(refused, self.path)
         if self.main and (not stored.exists() or changed):
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
@@ -185,8 +189,15 @@ def _parse(line: str) -> dict | None:
 def _changes(stored: DictConfig, config: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every setting that differs and changes a number."""
     old, new = leaves(OmegaConf.to_container(stored)), leaves(OmegaConf.to_container(config))
-    differing = (key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    # a run of an earlier version, which had no such attack
+    differing = [key for key in differing if not (key.startswith(BEFORE_THE_REPORT) and _unheard(key, old))]
     return {key: (old.get(key), new.get(key)) for key in differing if not key.startswith(NO_RESULT)}
+
+
+def _unheard(key: str, old: dict[str, Any]) -> bool:
+    """Whether neither the setting nor a section that holds it was known."""
+    return key not in old and not any(key.startswith(f"{known}.") for known in old)
 
 
 def _refuse_changes(changed: dict[str, tuple[Any, Any]], path: Path) -> None:
