@@ -15,7 +15,7 @@ from eval.entries import Scores, curves, entries, risks
 from eval.exchangeable import blind_check, not_checked
 from eval.gradients import equally_spaced, gradient_features
 from eval.lira import LiraConfig, shadow_attacks
-from eval.members import Candidates, candidates, conditions
+from eval.members import Candidates, candidates, conditions, told
 from eval.scores import Probe, loss_values, pia, secmi, sima, standardised
 from eval.setlevel import set_report
 from eval.suite import Finding, Scene
@@ -104,9 +104,9 @@ def run(scene: Scene) -> Finding | None:
     images = Rows(dataset.images, who.rows)
     checked = blind_check(images, who, scene.config.data.exchangeable(), seed, scene.accelerator)
     flips = mirrors(scene) if settings.flips is None else settings.flips
-    told = conditions(scene.denoiser, who.records)
-    probe = Probe(scene.denoiser, images, told, who.rows, seed, scene.accelerator, settings.batch_size)
-    measured, features = measure(probe, replace(settings, flips=flips))
+    known = conditions(scene.denoiser, who.records)
+    probe = Probe(scene.denoiser, images, known, who.rows, seed, scene.accelerator, settings.batch_size)
+    measured, features = measure(probe, replace(settings, flips=flips), told(scene.denoiser, who.records))
     if settings.lira is not None:
         measured += _with_shadows(scene, who, settings, flips)
     sides = (who.block[who.member], who.block[~who.member]) if who.grouped else None
@@ -141,18 +141,27 @@ def _with_shadows(scene: Scene, who: Candidates, settings: MembershipConfig, fli
     ]  # fmt: skip
 
 
-def measure(probe: Probe, settings: MembershipConfig) -> tuple[list[Scores], np.ndarray]:
+def measure(probe: Probe, settings: MembershipConfig, condition: str = "own") -> tuple[list[Scores], np.ndarray]:
     """Scores of all chosen attacks, in the order of ATTACKS, and the features for the set test, float64 [N, F].
 
     Features are the losses of the grid, each by itself, and the other scores.
+
+    Args:
+        condition: what the model is told of each record (`eval.members.told`).
+
+    Raises:
+        UserError: none of the attacks asked for applies to this model.
     """
-    chosen = settings.chosen(probe.denoiser.kind)
+    captioned = probe.denoiser.kind == "caption" and any(probe.conditions)
+    chosen = settings.chosen("caption" if captioned else "none")
+    if not chosen:
+        raise UserError("attack.membership.attacks", "none of them applies to this model", "null takes all that do")
     found: dict[str, Scores] = {}
     works = [work for names, work in FAMILIES if set(names) & set(chosen)]
     for work in tqdm(works, desc="membership", disable=not probe.accelerator.is_main_process):
         found |= {scores.attack: scores for scores in work(probe, settings)}
     for scores in found.values():
-        scores.settings = {"condition": "none" if probe.denoiser.kind == "none" else "own"} | scores.settings
+        scores.settings = {"condition": condition} | scores.settings
     every = [found[name] for name in chosen]
     columns = [each.values[:, None] if each.parts is None else -each.parts for each in every]
     return every, np.concatenate(columns, axis=1)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from defenses.ranks import on_main
-
 from eval import copymetrics, denoiser, exposure, inpainting, membership, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
@@ -27,8 +26,8 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
         if finding is not None:
             found[name] = finding
             if name == "inpainting":
-                progress = scene.target.output.progress
-                finding.report["seconds"] = on_main(scene.accelerator, lambda: progress()["inpainting_seconds"])
+                progress = on_main(scene.accelerator, scene.target.output.progress)
+                finding.report["seconds"] = progress["inpainting_seconds"]
     if settings.risk and (scene.extraction is not None or found):
         with timed(scene.target.output, "risk_seconds", scene.accelerator):
             found["risk"] = _risk(scene, found)
