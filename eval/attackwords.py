@@ -42,14 +42,37 @@ def primary(privacy: dict[str, Any], unit: str = "record") -> dict[str, Any] | N
 
 
 def membership_evidence(privacy: dict[str, Any]) -> bool | None:
-    """Whether members can be told from non-members beyond chance, by the primary attack; None: it was not shown either way.
+    """Whether members can be told from non-members beyond chance; None: it was not shown either way.
 
-    Never where members and non-members differ without the model (`eval.exchangeable`).
+    By the primary attack, on the whole (AUC) or for a few (more recognised at 1 % false alarms than the threshold's false alarms
+    can be, Carlini et al. 2022); or by the set test. Never where the sides differ without the model (`eval.exchangeable`).
     """
     entry, check = primary(privacy), privacy.get("membership_check") or {}
     if entry is None or not check.get("passed"):
         return None
-    return entry["auc_ci95"][0] > 0.5
+    caught, wrong = ((entry.get(name) or {}).get("0.01") for name in ("tpr_ci95", "fpr_upper95"))
+    few = caught is not None and wrong is not None and caught[0] > wrong
+    together = privacy.get("set_test") or {}
+    return entry["auc_ci95"][0] > 0.5 or few or (together.get("p_value", 1.0) < together.get("alpha", 0.0))
+
+
+def inpainting_evidence(privacy: dict[str, Any]) -> bool:
+    """Whether training pictures were reconstructed better than held-out ones (p <= 0.05), with sides that were equally hard."""
+    part = privacy.get("inpainting") or {}
+    return part.get("p_value") is not None and part["p_value"] <= 0.05 and not _unequal(privacy)
+
+
+def _unequal(privacy: dict[str, Any]) -> bool:
+    """Whether members and non-members differ without the model: the check failed, or a fill that knows of no model differs too."""
+    baseline = ((privacy.get("inpainting") or {}).get("baseline") or {}).values()
+    easier = any(part["p_value"] is not None and part["p_value"] <= 0.05 for part in baseline)
+    return easier or (privacy.get("membership_check") or {}).get("passed") is False
+
+
+def canary_evidence(privacy: dict[str, Any]) -> bool:
+    """Whether planted pictures are known the better the more often they were planted (p <= 0.05), for any kind."""
+    kinds = ((privacy.get("canaries") or {}).get("kinds") or {}).values()
+    return any((figures.get("trend") or {}).get("p_value", 1.0) <= 0.05 for figures in kinds)
 
 
 def membership_sentences(privacy: dict[str, Any]) -> list[str]:
@@ -66,7 +89,15 @@ def membership_sentences(privacy: dict[str, Any]) -> list[str]:
     if rate is not None:
         found[0] += (
             f"; at one false alarm in a hundred it recognises {percent(rate)} of the training pictures"
-            f" ({percent(interval[0])} to {percent(interval[1])})."
+            f" ({percent(interval[0])} to {percent(interval[1])})"
+        )
+        upper = (entry.get("fpr_upper95") or {}).get("0.01")
+        found[0] += (
+            "."
+            if upper is None
+            else (
+                f"; of {entry['nonmembers']:,} held-out pictures, the false alarms of that threshold may really be up to {percent(upper)}."
+            )
         )
     else:
         found[0] += (
@@ -89,7 +120,10 @@ def inpainting_sentences(privacy: dict[str, Any]) -> list[str]:
         f"Inpainting: reconstructed from their right halves, training pictures lie {abs(part['difference']):.3f} in l2 "
         f"{'nearer' if part['difference'] > 0 else 'farther'} than held-out ones"
     )
-    return [text + ("; no p-value." if part["p_value"] is None else f" (p = {part['p_value']:.2g}).")]
+    found = [text + ("; no p-value." if part["p_value"] is None else f" (p = {part['p_value']:.2g}).")]
+    if _unequal(privacy):
+        found.append("Inpainting figures are no evidence: the two sides differ without the model, too.")
+    return found
 
 
 def canary_sentences(privacy: dict[str, Any]) -> list[str]:

@@ -57,7 +57,6 @@ def _entry(
     usable = not (np.isnan(members).any() or np.isnan(nonmembers).any())
     area = roc.auc(members, nonmembers, groups) if usable else None
     rates = {str(fpr): roc.tpr_at_fpr(members, nonmembers, fpr, groups) if usable else None for fpr in FPRS}
-    methods = [rate["method"] for rate in rates.values() if rate]
     return {
         "attack": scores.attack,
         "unit": unit,
@@ -66,7 +65,8 @@ def _entry(
         "auc_method": area.method if area else "none: the model gives scores that are no numbers",
         "tpr_at_fpr": {fpr: rate and rate["tpr"] for fpr, rate in rates.items()},
         "tpr_ci95": {fpr: rate and rate["ci95"] for fpr, rate in rates.items()},
-        "tpr_method": methods[0] if methods else None,
+        "tpr_method": {fpr: rate and rate["method"] for fpr, rate in rates.items()},
+        "fpr_upper95": {fpr: rate and rate["fpr_upper95"] for fpr, rate in rates.items()},
         "members": len(members),
         "nonmembers": len(nonmembers),
         "queries": scores.queries,
@@ -89,10 +89,11 @@ def risks(every: list[Scores], who: Candidates) -> Table:
     ]
     for scores in every:
         columns += [scores.attack, f"{scores.attack}_fpr"]
-        outside = np.sort(scores.values[~who.member])
+        outside = np.sort(scores.values[~who.member & ~np.isnan(scores.values)])
         passing = (len(outside) - np.searchsorted(outside, scores.values, side="left")) / max(len(outside), 1)
         for row, value, rate in zip(rows, scores.values, passing, strict=True):
-            row[scores.attack], row[f"{scores.attack}_fpr"] = float(value), float(rate)
+            known = not np.isnan(value)  # a score that is no number says nothing, least of all certainty
+            row[scores.attack], row[f"{scores.attack}_fpr"] = (float(value), float(rate)) if known else (None, None)
     return columns, rows
 
 

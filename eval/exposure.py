@@ -21,7 +21,7 @@ from train.planting import drawn
 from train.stage import RECORD
 
 COLUMNS = ["canary", "kind", "role", "copies", "included", "score", "exposure"]
-HIGH = 5.0  # bits: only 1 in 32 pictures that were never shown has so much
+HIGH = 5.0  # bits: 1 in 32 pictures that were never shown has so much or more
 AUDIT = "one run, canaries planted by coin (Steinke, Nasr and Jagielski 2023)"
 NOTE = (
     "Exposure is log2(pool) - log2(rank) of a canary's loss among the pool of pictures of its kind that were never shown; log2(pool) "
@@ -178,7 +178,7 @@ def _figures(scores: np.ndarray, bits: np.ndarray, pool: np.ndarray) -> dict[str
         "canaries": len(bits),
         "median": float(np.median(bits)),
         "max": float(bits.max()),
-        "above_5_bits": float((bits > HIGH).mean()),
+        "above_5_bits": float((bits >= HIGH).mean()),
         "p_value": float(mannwhitneyu(scores, pool, alternative="less").pvalue),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 from defenses.references import shuffled
 from defenses.seeding import derive
@@ -47,13 +48,18 @@ def candidates(dataset: Dataset, most: int | None, seed: int) -> Candidates:
     """Distinct pictures of the training split that were trained on, and of the held-out split.
 
     A picture of which a defense kept one copy counts as trained on; one that was taken out wholly (an audit's coin) is
-    left out on both sides.
+    left out on both sides, and so is a held-out picture of a block that was trained on, such as the mirror image of a training
+    picture in a split that the user made.
 
     Args:
         most: pictures of either side at most, whole blocks drawn at random; None: all.
     """
-    sides = [_drawn(dataset, dataset.rows(split, kept=True), most, derive(seed, "attack/members", split)) for split in
-             ("train", "heldout")]  # fmt: skip
+    known = {dataset.records[row].block for row in dataset.rows("train")}
+    unseen = np.array(
+        [dataset.records[row].block not in known for row in dataset.rows("heldout", kept=True)], dtype=bool
+    )
+    splits = {"train": dataset.rows("train", kept=True), "heldout": dataset.rows("heldout", kept=True)[unseen]}
+    sides = [_drawn(dataset, rows, most, derive(seed, "attack/members", split)) for split, rows in splits.items()]
     rows = np.concatenate(sides)
     records = [dataset.records[row] for row in rows]
     block = np.array([record.block for record in records], dtype=np.int64)
@@ -75,12 +81,28 @@ def _drawn(dataset: Dataset, rows: np.ndarray, most: int | None, seed: int) -> n
     return np.sort(first[shuffled(block, np.random.default_rng(seed))[:most]])
 
 
+def told_alike(denoiser: Denoiser, who: Candidates) -> bool:
+    """Whether conditions that the model knows are as frequent among members as among non-members (Fisher's exact test, 1 %).
+
+    Otherwise the one side is asked under its own label or caption and the other under a stand-in, and every loss tells them apart.
+    """
+    if denoiser.kind == "none":
+        return True
+    known = np.array([bool(_known(denoiser, record)) for record in who.records])
+    table = [[int((known & side).sum()), int((~known & side).sum())] for side in (who.member, ~who.member)]
+    return float(fisher_exact(table).pvalue) >= 0.01
+
+
+def _known(denoiser: Denoiser, record: Record) -> bool:
+    return bool(record.caption) if denoiser.kind == "caption" else record.label in denoiser.classes
+
+
 def told(denoiser: Denoiser, records: Sequence[Record]) -> str:
     """Whether `conditions` are the records' own, in words for the report."""
     if denoiser.kind == "caption":
-        return "own" if any(record.caption for record in records) else "empty: there are no captions"
+        return "own" if any(_known(denoiser, record) for record in records) else "empty: there are no captions"
     if denoiser.kind == "class":
-        known = any(record.label in denoiser.classes for record in records)
+        known = any(_known(denoiser, record) for record in records)
         return "own" if known else "class 0: which class is which is not known"
     return "none"
 

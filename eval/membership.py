@@ -15,7 +15,7 @@ from eval.entries import Scores, curves, entries, risks
 from eval.exchangeable import blind_check, not_checked
 from eval.gradients import equally_spaced, gradient_features
 from eval.lira import LiraConfig, shadow_attacks
-from eval.members import Candidates, candidates, conditions, told
+from eval.members import Candidates, candidates, conditions, told, told_alike
 from eval.scores import Probe, loss_values, pia, secmi, sima, standardised
 from eval.setlevel import set_report
 from eval.suite import Finding, Scene
@@ -27,6 +27,7 @@ CAPTIONED = ("clid", "loss-strong-null")  # for models with captions alone
 PLACE = 0.1  # of the schedule, where a single loss tells most (Carlini et al. 2023, section 5.2: t = 100 of 1000)
 PIA_PLACE, PIA_PLACE_LATENT = 0.2, 0.5  # Kong et al. 2023: t = 200 for DDPM, 500 for Stable Diffusion
 SECMI_STEP = 0.01  # of the schedule
+SECMI_LEAST = 20  # timesteps of the schedule; on a shorter one its steps do not exist
 
 
 @dataclass(kw_only=True)
@@ -103,6 +104,9 @@ def run(scene: Scene) -> Finding | None:
         return Finding(None, beside={"membership_check": not_checked(f"there are no {side} pictures")})
     images = Rows(dataset.images, who.rows)
     checked = blind_check(images, who, scene.config.data.exchangeable(), seed, scene.accelerator)
+    if not told_alike(scene.denoiser, who):
+        note = "labels or captions that the model knows are missing on one side more often than on the other"
+        checked |= {"passed": False, "note": "; ".join(filter(None, (checked["note"], note)))}
     flips = mirrors(scene) if settings.flips is None else settings.flips
     known = conditions(scene.denoiser, who.records)
     probe = Probe(scene.denoiser, images, known, who.rows, seed, scene.accelerator, settings.batch_size)
@@ -154,6 +158,8 @@ def measure(probe: Probe, settings: MembershipConfig, condition: str = "own") ->
     """
     captioned = probe.denoiser.kind == "caption" and any(probe.conditions)
     chosen = settings.chosen("caption" if captioned else "none")
+    if probe.denoiser.timesteps < SECMI_LEAST:
+        chosen = [name for name in chosen if name != "secmi"]
     if not chosen:
         raise UserError("attack.membership.attacks", "none of them applies to this model", "null takes all that do")
     found: dict[str, Scores] = {}
@@ -205,8 +211,9 @@ def _grid(probe: Probe, settings: MembershipConfig) -> list[Scores]:
 
 
 def _secmi(probe: Probe, settings: MembershipConfig) -> list[Scores]:
-    step = max(1, probe.denoiser.timestep(SECMI_STEP))
-    steps = max(1, probe.denoiser.timestep(PLACE) // step)
+    end = max(1, probe.denoiser.timestep(PLACE))
+    step = max(1, round(end * SECMI_STEP / PLACE))
+    steps = end // step
     return [Scores("secmi", secmi(probe, steps * step, step), steps + 2, {"t_sec": steps * step, "step": step})]
 
 

@@ -112,6 +112,14 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted
         "claims": claims.of_report(report),
         "audit": claims.audit((report["privacy"] or {}).get("audit")),
         "recognised": attackwords.primary(report["privacy"] or {}),
+        "rate_methods": sorted(
+            {
+                method
+                for entry in (report["privacy"] or {}).get("membership") or []
+                for method in (entry.get("tpr_method") or {}).values()
+                if method
+            }
+        ),
         "attack_names": attackwords.NAMES,
         "metric_names": attackwords.METRICS,
         "distance_name": wording.distance_name(utility.get("features")),

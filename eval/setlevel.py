@@ -58,6 +58,10 @@ def set_report(
         return None
     p_value = set_test(suspects, heldout, seed=seed)
     curve = significance_curve(suspects, heldout, seed=seed)
+    if p_value < ALPHA and not (curve and curve[-1]["share_significant"] == 1):
+        curve.append(
+            {"n": len(suspects), "share_significant": 1.0}
+        )  # all of them, the one set that was tested as it is
     needed = {share: units_needed(curve, share) if p_value < ALPHA else None for share in (0.5, 0.99)}
     return {
         "p_value": p_value,

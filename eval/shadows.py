@@ -31,6 +31,7 @@ from eval.target import Target
 from train.data import Dataset
 from train.files import atomic, write_json
 from train.loop import Interrupted
+from train.planting import SPLIT as CANARY
 from train.records import select_records
 from train.runlog import RunDirectory, leaves, lock
 from train.stage import RECORD, SIDECAR, train_model
@@ -48,8 +49,8 @@ class Shadows:
 
     Attributes:
         folders: of each; ``model/`` is the saved pipeline.
-        trained: whether each was trained on the picture of each row of the data set, bool [S, rows]; a column outside of the
-            pool is False throughout.
+        trained: whether each was given the picture of each row of the data set, bool [S, rows]; a column outside of the pool is False
+            throughout. What its defenses then leave out is part of how such models are trained.
         seconds: spent on training them.
     """
 
@@ -167,6 +168,8 @@ def shadow_dataset(dataset: Dataset, inside: np.ndarray) -> Dataset:
         if record.split in POOL:
             split = "train" if chosen else "heldout"
             record = replace(record, split=split, kept=True, reason="", duplicate_of="", distance=None)
+        elif record.split == CANARY:  # a copy, and no canary any more: nothing tosses its coin for the run's own record
+            record = replace(record, kept=False, canary="", reason="canary: not in shadows")
         records.append(record)
     return replace(dataset, records=records)
 

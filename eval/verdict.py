@@ -13,12 +13,12 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     """``{"level": "leak" | "none" | "unclear", "title": ..., "sentences": [...]}``.
 
     "leak" needs verified pictures and a control that tells them from chance (p <= `EVIDENCE_P`). "none" needs that no attack that
-    was run found anything: it is not given where members can be recognised.
+    was run found anything: it is not given where members can be recognised, halves are completed or planted pictures are remembered.
     """
     privacy = report["privacy"] or {}
     level, title, sentences = _extraction(report, privacy)
-    if level != "leak" and attackwords.membership_evidence(privacy):
-        known = "it can be told which pictures were trained on"
+    known = _known_otherwise(privacy)
+    if level != "leak" and known:
         heads = {"none": f"No training picture was extracted, but {known}", None: known[0].upper() + known[1:]}
         level, title = "unclear", heads.get(level, f"{title}; {known}")
     if level is None:
@@ -27,6 +27,15 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
             "Extraction was not measured" if privacy.get("membership") else "Leakage was not measured",
         )
     return {"level": level, "title": title, "sentences": [*sentences, *attackwords.sentences(privacy)]}
+
+
+def _known_otherwise(privacy: dict[str, Any]) -> str:
+    """What the attacks beyond extraction show that the model remembers; empty where they show nothing."""
+    if attackwords.membership_evidence(privacy):
+        return "it can be told which pictures were trained on"
+    if attackwords.inpainting_evidence(privacy):
+        return "training pictures are completed from their halves better than others"
+    return "planted pictures are remembered" if attackwords.canary_evidence(privacy) else ""
 
 
 def _extraction(report: dict[str, Any], privacy: dict[str, Any]) -> tuple[str | None, str, list[str]]:

@@ -55,7 +55,11 @@ VS_LOSS = {
     "p_value": 2e-8,
     "p_value_greater": 1e-8,
 }
-METHODS = {"auc_method": "DeLong", "tpr_method": "Clopper-Pearson over 1,234 members"}
+METHODS = {
+    "auc_method": "DeLong",
+    "tpr_method": {"0.01": "Clopper-Pearson over 1,234 members", "0.001": None},
+    "fpr_upper95": {"0.01": 0.0169, "0.001": None},
+}
 
 
 def _entry(attack: str, auc: float) -> dict[str, Any]:

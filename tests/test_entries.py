@@ -29,7 +29,7 @@ def test_an_entry_holds_the_figures_of_its_scores():
     threshold = np.sort(values[200:])[::-1][10]
     assert entry["tpr_at_fpr"] == {"0.01": pytest.approx((values[:200] > threshold).mean()), "0.001": None}
     assert entry["tpr_ci95"]["0.01"][0] < entry["tpr_at_fpr"]["0.01"] < entry["tpr_ci95"]["0.01"][1]
-    assert entry["tpr_ci95"]["0.001"] is None and "Clopper" in entry["tpr_method"]
+    assert entry["tpr_ci95"]["0.001"] is None and "Clopper" in entry["tpr_method"]["0.01"]
     assert entry["access"] == "weights" and entry["settings"] == {"draws": 1} and "vs_loss" in entry
     json.dumps(entry, allow_nan=False)
 
