@@ -97,13 +97,13 @@ def test_descriptors_are_those_of_the_published_recipe(backbone, extract):
     """torchvision's transforms on 8-bit images, as the authors publish them; their resizing rounds to grey levels."""
     recipe = transforms.Compose([transforms.Resize(288), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     y, x = np.arange(40)[:, None], np.arange(32)
-    boards = [255 * ((y // size + x // size) % 2) for size in (1, 3, 8)]  # edges tell one way of resizing from another
+    boards = [255 * ((y // size + x // size) % 2) for size in (1, 3)]  # edges tell one way of resizing from another
     images = np.stack([np.stack([board] * 3) for board in boards]).astype(np.uint8)
     batch = torch.stack([recipe(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
     assert batch.shape[-2:] == (360, 288)  # the shorter side becomes 288
     expected, found = descriptor(backbone, batch), extract(images)
-    assert found.shape == (3, 512) and found.dtype == np.float32
-    between = np.linalg.norm(expected[0] - expected[1:], axis=1).min()  # else any constant would pass
+    assert found.shape == (2, 512) and found.dtype == np.float32
+    between = np.linalg.norm(expected[0] - expected[1])  # else any constant would pass
     assert between > 0.05
     assert np.linalg.norm(found - expected, axis=1).max() < 0.02 * between
 
