@@ -2,12 +2,13 @@
 
 A match is a generation and the training picture that is nearest to it by l2 (a row of matches.csv), shown in the view in
 which it is nearest. Every metric judges these same two images, so where the metrics differ it is not the pair that differs.
+Beside them stands SSCD's own search over all training pictures (`eval.sscdsearch`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from scipy.stats import rankdata
@@ -17,11 +18,14 @@ from defenses.references import Rows
 from eval.copyvalues import CopyValues
 from eval.pairs import ssim_window
 from eval.pictures import Pictures
-from eval.sscd import load_sscd
+from eval.sscd import Descriptors, load_sscd
+from eval.sscdsearch import COLUMNS as SEARCH_COLUMNS
+from eval.sscdsearch import SscdSearch
 
-COLUMNS = ["generation", "record_id", "l2", "adaptive_score", "nn_ratio", "tiled_l2", "ssim", "sscd"]
+COLUMNS = ["generation", "record_id", "l2", "adaptive_score", "nn_ratio", "tiled_l2", "ssim", "sscd", *SEARCH_COLUMNS]
 QUANTILE = 0.95
 _MOST = 12  # generations in ``disagreements``
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -89,6 +93,7 @@ METRICS = {
 }
 STRANGERS = "95 % of the calibration pictures are less like their nearest training picture, never of the same patient"
 DAR = "95 % of the training pictures are less like their nearest calibration picture (Dar et al. 2024)"
+GIVEN = "attack.copy_metrics.sscd_threshold"
 UNSET = "none: there are no calibration pictures"
 
 
@@ -113,7 +118,7 @@ def copy_metrics(
 
     Returns:
         report.json, ``privacy.copy_metrics``, and the rows of copy_metrics.csv in the order of ``names``. A metric without
-        a threshold counts nothing (None).
+        a threshold counts nothing (None); without SSCD's weights ``sscd_search`` is None.
 
     Raises:
         UserError: a weights file that cannot be used; threshold=dar without calibration pictures.
@@ -124,7 +129,7 @@ def copy_metrics(
     sscd = None
     if config.sscd_weights is not None:
         device = "cpu" if accelerator is None else accelerator.device
-        sscd = load_sscd(config.sscd_weights, config.sscd_weights_sha256, device)
+        sscd = Descriptors(load_sscd(config.sscd_weights, config.sscd_weights_sha256, device), accelerator)
     measure = CopyValues(sscd, accelerator)
     match_of = {match["generation"]: match for match in matches}
     ordered = [match_of[name] for name in names]
@@ -146,11 +151,18 @@ def copy_metrics(
         strangers = control.get(name) if control else None
         sha256 = config.sscd_weights_sha256 if name == "sscd" else None
         entries.append(_entry(name, *thresholds[name], copied, strangers) | {"weights_sha256": sha256})
-    table = _table(ordered, values)
+    table, searched = _table(ordered, values), None
+    if sscd is not None:
+        search = SscdSearch(sscd, accelerator)
+        threshold = _search_threshold(config, search, training, calibration)
+        searched, found = search.report(generations, rows, training, heldout, *threshold)
+        for row, columns in zip(table, found, strict=True):
+            row |= columns
     report = {
         "metrics": entries,
         "agreement": _agreement(passed),
         "disagreements": _disagreements(table, values, passed),
+        "sscd_search": searched,
         "generations": len(names),
         "calibration": None if calibration is None else len(calibration.ids),
         "heldout": None if heldout is None else len(heldout.ids),
@@ -182,17 +194,36 @@ def _thresholds(
     """Threshold of each metric, and the rule that set it."""
     found = {name: (metric.published, metric.source) for name, metric in METRICS.items()}
     if config.sscd_threshold is not None:
-        found["sscd"] = (config.sscd_threshold, "attack.copy_metrics.sscd_threshold")
-    if config.threshold == "dar":
-        measured, rule = measure.of(Rows(training.images, training.first), calibration), DAR
-    elif calibration is not None:
-        measured, rule = measure.of(Rows(calibration.images, calibration.first), training), STRANGERS
-    else:
-        measured, rule = {name: np.array([np.nan]) for name in METRICS}, UNSET
-    for name, value in measured.items():
+        found["sscd"] = (config.sscd_threshold, GIVEN)
+    measured, rule = _on_strangers(config, measure.of, training, calibration)
+    for name, value in (measured or {name: np.array([np.nan]) for name in METRICS}).items():
         if config.threshold == "dar" or found[name][0] is None:
             found[name] = (METRICS[name].calibrated(value), rule)
     return found
+
+
+def _search_threshold(
+    config: CopyMetricsConfig, search: SscdSearch, training: Pictures, calibration: Pictures | None
+) -> tuple[float | None, str]:
+    """Cosine above which SSCD's search sees a copy, and the rule that set it.
+
+    Not that of the pairs: the largest of many cosines is larger than one of a pair that l2 chose, for strangers, too.
+    """
+    if config.sscd_threshold is not None:
+        return config.sscd_threshold, GIVEN
+    measured, rule = _on_strangers(config, search.largest, training, calibration)
+    return None if measured is None else METRICS["sscd"].calibrated(measured[0]), rule
+
+
+def _on_strangers(
+    config: CopyMetricsConfig, measure: Callable[[Any, Pictures], T], training: Pictures, calibration: Pictures | None
+) -> tuple[T | None, str]:
+    """``measure`` of the pictures that set thresholds, against those they are held against, and the rule; None: there are none."""
+    if config.threshold == "dar":
+        return measure(Rows(training.images, training.first), calibration), DAR
+    if calibration is not None:
+        return measure(Rows(calibration.images, calibration.first), training), STRANGERS
+    return None, UNSET
 
 
 def _table(matches: Sequence[dict[str, Any]], values: dict[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -8,11 +8,10 @@ import torch
 from accelerate.utils import gather_object
 
 from defenses.neighbours import VIEWS, search_sharded
-from eval.features import FeatureExtractor, features
 from eval.pairs import in_view, nearest_view, paired_tiled_l2, ssim
 from eval.pictures import Pictures
+from eval.sscd import Descriptors
 
-_BATCH = 16  # images per forward pass of SSCD
 _CELLS = 2**20  # pixels of the references of one block, each in one view
 
 
@@ -20,7 +19,7 @@ _CELLS = 2**20  # pixels of the references of one block, each in one view
 class CopyValues:
     """Measures images against the pictures that are nearest to them; ``sscd`` null: without SSCD."""
 
-    sscd: FeatureExtractor | None
+    sscd: Descriptors | None
     accelerator: Any
 
     def of(self, images: Any, pictures: Pictures, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -62,23 +61,23 @@ class CopyValues:
         return tuple(np.concatenate(column) for column in columns)
 
     def _cosine(self, images: Any, references: Any, rows: np.ndarray, view: np.ndarray) -> np.ndarray:
-        """Cosine of SSCD's descriptors of each image and its reference in its view; every view is described once."""
-        shown, place = np.unique(rows * len(VIEWS) + view, return_inverse=True)
-        left = features(images, self.sscd, _BATCH, self.accelerator)
-        right = features(_Shown(references, shown), self.sscd, _BATCH, self.accelerator)
-        return np.einsum("nd,nd->n", left.astype(np.float64), right[place])
+        """Cosine of SSCD's descriptors of each image and its reference in its view."""
+        left = self.sscd.of(images)
+        right = self.sscd.of(_Shown(references, rows * len(VIEWS) + view))
+        return np.einsum("nd,nd->n", left.astype(np.float64), right)
 
 
 class _Shown:
-    """Some references in some views, made when they are sliced; ``key`` = row * number of views + place of the view."""
+    """Some references in some views, made when they are indexed; ``key`` = row * number of views + place of the view."""
 
     def __init__(self, references: Any, key: np.ndarray):
         self.references, self.key = references, key
+        self.dtype, self.shape = references.dtype, (len(key), *references.shape[1:])
 
     def __len__(self) -> int:
         return len(self.key)
 
-    def __getitem__(self, some: slice) -> np.ndarray:
+    def __getitem__(self, some: Any) -> np.ndarray:
         row, view = np.divmod(self.key[some], len(VIEWS))
         block = torch.from_numpy(np.array(self.references[row]))
         return in_view(block, torch.from_numpy(view)).numpy()

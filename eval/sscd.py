@@ -1,5 +1,6 @@
 """SSCD, the copy detector of Pizzi et al. (2022), from a local weights file that is never executed."""
 
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -11,10 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from defenses.errors import UserError
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor, is_torchscript, verified_bytes
+from defenses.references import Rows
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor, features, is_torchscript, verified_bytes
 
 SIDE = 288  # pixels of the shorter side, as published for inference
 DIMENSIONS = 512
+_BATCH = 16  # images per forward pass
 _KEY = "attack.copy_metrics.sscd_weights"
 _REMEDY = "give sscd_disc_mixup.torchvision.pt, sscd_disc_mixup.classy.pt, or their tensors as .safetensors"
 _COUNTER = "num_batches_tracked"  # of batch normalisation; plays no part in inference and may be missing
@@ -54,15 +57,46 @@ class Sscd(nn.Module):
         super().__init__()
         self.backbone = resnet50(weights=None, num_classes=DIMENSIONS)
         self.backbone.avgpool = GeM()
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 1 or 3, H, W] -> descriptors of length 1, float32 [B, 512]; their dot product is the similarity."""
         height, width = images.shape[-2:]
         size = [SIDE * side // min(height, width) for side in (height, width)]
         x = F.interpolate(images.float() / 255, size=size, mode="bilinear", antialias=True)
-        return F.normalize(self.backbone((x.expand(-1, 3, -1, -1) - self.mean) / self.std))
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return F.normalize(self.backbone((x.expand(-1, 3, -1, -1) - mean) / std))
+
+
+class Descriptors:
+    """Descriptors of images, each computed once: equal images, as in several splits, copies or views, share theirs.
+
+    Args:
+        extract: uint8 [N, C, H, W] -> float32 [N, D] of length 1.
+        accelerator: Accelerate's `Accelerator`, or None for one process.
+    """
+
+    def __init__(self, extract: FeatureExtractor, accelerator: Any):
+        self.extract, self.accelerator = extract, accelerator
+        self.row_of: dict[bytes, int] = {}  # SHA-256 of an image's pixels -> its row in ``known``
+        self.known: np.ndarray | None = None
+
+    def of(self, images: Any) -> np.ndarray:
+        """Descriptors in order, float32 [N, D], on every rank; those not known yet are shared among the ranks.
+
+        Args:
+            images: uint8 [N, C, H, W], N > 0, array-like with ``dtype`` and ``shape``; of one shape in all calls.
+        """
+        rows, new = np.empty(len(images), dtype=np.int64), []
+        for start in range(0, len(images), _BATCH):
+            for place, image in enumerate(np.asarray(images[start : start + _BATCH]), start):
+                known = len(self.row_of)
+                rows[place] = self.row_of.setdefault(hashlib.sha256(image.tobytes()).digest(), known)
+                if rows[place] == known:
+                    new.append(place)
+        if new:
+            fresh = features(Rows(images, np.array(new)), self.extract, _BATCH, self.accelerator)
+            self.known = fresh if self.known is None else np.concatenate([self.known, fresh])
+        return self.known[rows]
 
 
 def load_sscd(weights: str | None, weights_sha256: str | None, device: torch.device | str) -> FeatureExtractor:
@@ -78,10 +112,13 @@ def load_sscd(weights: str | None, weights_sha256: str | None, device: torch.dev
     """
     content = verified_bytes(weights, weights_sha256, _KEY, f"{_KEY}=null")
     state = _state(content, Path(str(weights)).suffix)
-    network = Sscd()
-    _refuse_misfit(state, {name: value for name, value in network.state_dict().items() if not name.endswith(_COUNTER)})
-    network.load_state_dict(state, strict=False)  # all but the counters
-    network.to(device).eval()
+    with torch.device("meta"):  # no numbers are drawn that the file's would replace
+        network = Sscd()
+    layout = network.state_dict()
+    _refuse_misfit(state, {name: value for name, value in layout.items() if not name.endswith(_COUNTER)})
+    counters = {name: torch.zeros(()) for name in layout if name.endswith(_COUNTER)}
+    network.to_empty(device=device).eval()
+    network.load_state_dict(state | counters)
 
     @torch.no_grad()
     def extract(images: np.ndarray) -> np.ndarray:

@@ -125,7 +125,17 @@ def _copy_metrics() -> dict[str, Any]:
         "agreement": [
             {"first": "nn_ratio", "second": "ssim", "both": 71, "only_first": 61, "only_second": 53, "neither": 4686}
         ],
-        "disagreements": [{"generation": "000003.png", "record_id": SECRET, "l2": 0.1}],
+        "disagreements": [{"generation": "000003.png", "record_id": SECRET, "l2": 0.1, "sscd_nearest": SECRET}],
+        "sscd_search": {
+            "threshold": 0.7654,
+            "threshold_rule": "another rule",
+            "copies": 143,
+            "pictures": 23,
+            "background": 0.0643,
+            "same_as_l2": 0.381,
+            "generation_train": {"50": 0.412, "75": 0.522, "90": 0.631, "95": 0.743},
+            "train_train": {"50": 0.398, "75": 0.501, "90": 0.588, "95": 0.657},
+        },
     }
 
 

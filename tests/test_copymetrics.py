@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from defenses import neighbours
+from defenses import knn, neighbours
 from defenses.errors import UserError
 from defenses.neighbours import VIEWS
 from eval import copymetrics, copyvalues
@@ -380,10 +380,11 @@ def test_ranks_share_the_work_and_agree(planted, monkeypatch):
     monkeypatch.setattr(copyvalues, "_CELLS", 5 * 256)
     settings = {"sscd_weights": "w", "sscd_weights_sha256": "00", "threshold": "dar"}
     alone = run(*planted, **settings)
+    assert alone[0]["sscd_search"]["copies"] >= 3 and all(row["sscd_nearest"] for row in alone[1])
     assert entry(alone[0], "sscd")["weights_sha256"] == "00" and entry(alone[0], "sscd")["copies"] >= 3
     assert all(row["sscd"] == pytest.approx(1, abs=1e-6) for row in alone[1][:6])
     ranks = Ranks(3)
-    for module in (accelerate.utils, neighbours, copyvalues):
+    for module in (accelerate.utils, neighbours, knn, copyvalues):
         monkeypatch.setattr(module, "gather_object", ranks.gather)
     for found in ranks.run(lambda accelerator: run(*planted, accelerator=accelerator, **settings)):
         assert found == alone
