@@ -96,7 +96,7 @@ def membership_sentences(privacy: dict[str, Any]) -> list[str]:
             "."
             if upper is None
             else (
-                f"; of {entry['nonmembers']:,} held-out pictures, the false alarms of that threshold may really be up to {percent(upper)}."
+                f"; with {entry['nonmembers']:,} held-out pictures the false alarms of that threshold may really be up to {percent(upper)}."
             )
         )
     else:

@@ -27,7 +27,7 @@ def fabricate_attacks(folder: Path) -> dict[str, Any]:
         ],
         "membership_check": {"passed": True, "note": "", "exchangeable": True}
         | {"blind_auc": 0.5123, "blind_ci95": [0.4567, 0.5678], "blind_method": "DeLong"},
-        "set_test": {"p_value": 0.0021, "records_needed_50": 13, "records_needed_99": 57, "alpha": 0.01, "suspects": 39},
+        "set_test": {"p_value": 0.0021, "records_needed_50": 13, "records_needed_99": 57, "alpha": 0.01, "suspects": 39, "unit": "group"},
         "inpainting": _inpainting(),
         "canaries": _canaries(),
         "copy_metrics": _copy_metrics(),

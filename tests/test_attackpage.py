@@ -13,7 +13,7 @@ from tests.test_report import FORBIDDEN, Page, shows
 FIGURES = {
     "membership": [
         "1,234", "2,345", "0.812", "0.780 to 0.844", "0.923", "42.3", "37.3", "Strong LiRA", "too few", "0.835", "29 people", "23 held out",
-        "0.512", "0.457 to 0.568", "0.111", "1e-08", "Clopper-Pearson over 1,234 members", "0.0021", "13 pictures", "57",
+        "0.512", "0.457 to 0.568", "0.111", "1e-08", "Clopper-Pearson over 1,234 members", "0.0021", "13 people", "57",
     ],
     "inpainting": ["321", "11 fills", "0.099", "0.165", "0.067", "0.0008", "0.765", "0.654 to 0.843", "0.140", "0.234", "0.178", "0.212", "0.56"],
     "canaries": ["1,024", "2.72", "9.88", "33.3", "0.018", "8.77", "64 times", "once", "0.654", "0.0031", "151 of 202", "0.834", "1.987"],

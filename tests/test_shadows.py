@@ -23,6 +23,7 @@ from eval.target import target_of
 from tests.small import opened
 from train.loop import Trainer
 from train.manifest import write_manifest
+from train.records import toss
 from train.stage import train_model
 
 NANO = ["model.size=nano", "train.steps=3", "train.checkpoint_every=1", "train.heldout_every=0"]
@@ -102,7 +103,8 @@ def test_one_unit_cannot_be_halved():
 def test_shadow_dataset_keeps_copies_together_and_other_splits_away(tmp_path):
     config, dataset, directory, defenses, accelerator = opened(tmp_path, "defenses.dedup={}")
     assert any(not record.kept for record in dataset.records)
-    dataset.records[0] = replace(dataset.records[0], split="canary")
+    dataset.records[0] = coin = replace(dataset.records[0], split="canary", canary="coin", kept=True)
+    before = [replace(record) for record in dataset.records]
     pool = [row for row, record in enumerate(dataset.records) if record.split in ("train", "heldout")]
     trained = np.zeros(len(dataset.records), dtype=bool)
     trained[pool] = halves(np.array([dataset.records[row].block for row in pool]), 4, 0)[0]
@@ -110,7 +112,9 @@ def test_shadow_dataset_keeps_copies_together_and_other_splits_away(tmp_path):
     assert found.images is dataset.images
     assert set(found.rows("train").tolist()) == set(np.flatnonzero(trained).tolist())
     assert (found.rows("calibration") == dataset.rows("calibration")).all()
-    assert found.records[0] == dataset.records[0]
+    assert not found.records[0].kept and not found.records[0].canary  # shadows are not trained on canaries
+    toss(found, seed=1)
+    assert dataset.records == before and dataset.records[0] is coin  # the coins of the run are its own
     assert all(found.records[row].kept and not found.records[row].reason for row in pool)
     sides = {}
     for row in pool:
