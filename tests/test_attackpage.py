@@ -85,6 +85,7 @@ def test_the_card_and_the_verdict_tell_of_them(opened):
 def test_a_failed_check_withdraws_the_evidence(tmp_path):
     run = Fabricated(tmp_path / "run", verified=0)
     parts = fabricate_attacks(run.folder)
+    parts["canaries"] = None  # they need no other side
     parts["membership_check"] |= {"passed": False, "note": "the sides come from two cameras"}
     run.report["privacy"] |= parts
     render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())
