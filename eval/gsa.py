@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
+ROUNDING = 1e-5  # share of the whole gradient's norm below which float32 arithmetic leaves nothing that can be trusted
 RIDGE = 1.0  # half the squared weights count this much against the summed log loss
 
 
@@ -23,11 +24,13 @@ def scores(target: np.ndarray, shadows: np.ndarray, trained: np.ndarray) -> np.n
         shadows: of the shadow models, float64 [S, N, F].
         trained: whether each shadow was trained on each record, bool [S, N].
     """
-    rows, own = _logarithm(shadows.reshape(-1, shadows.shape[-1])), _logarithm(target)
+    norms = shadows.reshape(-1, shadows.shape[-1])
+    # a tensor without influence, as the bias of attention's keys, has rounding alone for a gradient
+    usable = np.median(norms, axis=0) > ROUNDING * np.median(np.linalg.norm(norms, axis=1))
+    rows, own = _logarithm(norms[:, usable]), _logarithm(target[:, usable])
     mean, deviation = rows.mean(0), rows.std(0)
-    usable = np.ptp(rows, axis=0) > 0  # the norm of a tensor that has no gradient is 0 for every record
-    weights, offset = logistic((rows[:, usable] - mean[usable]) / deviation[usable], trained.reshape(-1))
-    return (own[:, usable] - mean[usable]) / deviation[usable] @ weights + offset
+    weights, offset = logistic((rows - mean) / deviation, trained.reshape(-1))
+    return (own - mean) / deviation @ weights + offset
 
 
 def _logarithm(norms: np.ndarray) -> np.ndarray:
@@ -50,5 +53,6 @@ def logistic(features: np.ndarray, labels: np.ndarray, ridge: float = RIDGE) -> 
         gradient = np.append(features.T @ slope + ridge * parameters[:-1], slope.sum())
         return np.logaddexp(0, -margin).sum() + ridge / 2 * (parameters[:-1] ** 2).sum(), gradient
 
-    found = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
+    start, exact = np.zeros(features.shape[1] + 1), {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-8}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=exact).x
     return found[:-1], float(found[-1])
