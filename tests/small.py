@@ -34,6 +34,9 @@ OVERRIDES = [
     "train.optimizer.warmup_steps=3",
     "generate.count=16",
     "generate.steps=2",
+    "attack.membership=null",  # the quickstart has them on, and they take seconds
+    "attack.inpainting=null",
+    "attack.copy_metrics=null",
     "run.cpu_threads=1",
 ]
 
