@@ -19,16 +19,17 @@ from train.planting import drawn, heldout_blocks
 from train.records import class_frequency, class_names, labels_of, pool_of, toss, trained_rows
 from train.stage import begin
 
+MANY = 120  # held-out pictures, enough to plant some of
 NOISE = ["data.canaries.copies=[1,3]", "data.canaries.per_copies=2", "data.canaries.pool=32"]
 
 
-def config(canaries: CanariesConfig | None, **settings) -> DataConfig:
-    phantom = PhantomConfig(pictures=24, copied=2, copies=3, outliers=2, heldout=120, calibration=6)
+def config(canaries: CanariesConfig | None, heldout: int = 6, **settings) -> DataConfig:
+    phantom = PhantomConfig(pictures=24, copied=2, copies=3, outliers=2, heldout=heldout, calibration=2)
     return DataConfig(image_size=16, phantom=phantom, canaries=canaries, **settings)
 
 
-def prepared(folder, canaries: CanariesConfig | None, **settings) -> Dataset:
-    return prepare(config(canaries, **settings), folder, Accelerator(cpu=True))
+def prepared(folder, canaries: CanariesConfig | None, heldout: int = 6, **settings) -> Dataset:
+    return prepare(config(canaries, heldout, **settings), folder, Accelerator(cpu=True))
 
 
 def few(**settings) -> CanariesConfig:
@@ -78,8 +79,8 @@ def test_more_canaries_leave_the_others_as_they_are(tmp_path):
 
 
 def test_held_out_pictures_leave_their_split_with_their_patients(tmp_path):
-    plain = prepared(tmp_path / "plain", None, group_key="patient")
-    data = prepared(tmp_path / "with", few(kinds=["heldout"], coins=3), group_key="patient", label_key="label")
+    plain = prepared(tmp_path / "plain", None, MANY, group_key="patient")
+    data = prepared(tmp_path / "with", few(kinds=["heldout"], coins=3), MANY, group_key="patient", label_key="label")
     counts = summary(data)
     set_aside = counts["canaries"]["set_aside"]
     assert counts["canaries"] == {"pictures": 4, "records": 8, "coins": 3, "pool": 0, "set_aside": set_aside}
@@ -105,7 +106,7 @@ def test_held_out_pictures_leave_their_split_with_their_patients(tmp_path):
 
 
 def test_the_choice_among_held_out_patients_is_random_and_the_seeds(tmp_path):
-    plain = prepared(tmp_path, None, group_key="patient")
+    plain = prepared(tmp_path, None, MANY, group_key="patient")
     order, other = heldout_blocks(plain.records, 0), heldout_blocks(plain.records, 1)
     assert sorted(order) == sorted(other) and order != other and order != sorted(order)
     assert sorted(row for block in order for row in block) == plain.rows("heldout").tolist()
@@ -113,7 +114,7 @@ def test_the_choice_among_held_out_patients_is_random_and_the_seeds(tmp_path):
 
 def test_both_kinds_at_once(tmp_path):
     settings = few(kinds=["heldout", "noise"], copies=[2], per_copies=1)
-    data = prepared(tmp_path, settings)
+    data = prepared(tmp_path, settings, MANY)
     assert drawn(data.records, "noise", settings).size == 33
     assert [data.records[row].source for row in drawn(data.records, "heldout", settings)[:1]] == ["canary:heldout/0000"]
     assert len(trained_rows(data)) == len(data.rows("train")) + 4
