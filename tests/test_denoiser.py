@@ -194,3 +194,14 @@ def test_other_kinds_of_models_are_refused_and_told_how_to_go_on(tmp_path):
     assert "betas" in refused(tmp_path / "flow") and "attack.membership=null" in refused(tmp_path / "flow")
     stable_diffusion(tmp_path / "inpainting", channels=9)
     assert "more than the latents" in refused(tmp_path / "inpainting")
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_x_0_is_predicted_where_no_signal_is_left(prediction):
+    """At a zero-terminal signal-to-noise ratio x_0 from the predicted noise would be 0 / 0; a perfect network still tells it."""
+    denoiser = pixel_denoiser(prediction)
+    denoiser.alphas_cumprod[-1] = 0.0
+    x, noise, last = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 999)
+    denoiser.predict = lambda noisy, timesteps, condition: -x if prediction == "v_prediction" else x
+    assert torch.allclose(denoiser.predict_clean(denoiser.noised(x, noise, last), last, {}), x, atol=1e-6)
+    assert torch.equal(denoiser.noised(x, noise, last), noise)
