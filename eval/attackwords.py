@@ -70,9 +70,13 @@ def _unequal(privacy: dict[str, Any]) -> bool:
 
 
 def canary_evidence(privacy: dict[str, Any]) -> bool:
-    """Whether planted pictures are known the better the more often they were planted (p <= 0.05), for any kind."""
-    kinds = ((privacy.get("canaries") or {}).get("kinds") or {}).values()
-    return any((figures.get("trend") or {}).get("p_value", 1.0) <= 0.05 for figures in kinds)
+    """Whether planted pictures are remembered: the better the more often they were planted, and those planted most often better than
+    pictures that were never shown (both p <= 0.05), for any kind."""
+    return any(
+        (figures.get("trend") or {}).get("p_value", 1.0) <= 0.05
+        and figures["by_copies"][max(figures["by_copies"], key=int)]["p_value"] <= 0.05
+        for figures in ((privacy.get("canaries") or {}).get("kinds") or {}).values()
+    )
 
 
 def membership_sentences(privacy: dict[str, Any]) -> list[str]:

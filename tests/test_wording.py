@@ -81,13 +81,21 @@ def test_members_that_can_be_recognised_are_no_clean_outcome(low, passed, level,
     assert ("no evidence: the sides differ" in text) == (passed is False)
 
 
+def canaries(trend: float, most: float) -> dict:
+    """``privacy.canaries`` with these p-values: of the trend, and of the canaries planted most often."""
+    rows = {copies: {"p_value": p, "median": 3.0} for copies, p in (("0", 0.5), ("2", 0.5), ("16", most))}
+    return {"kinds": {"noise": {"by_copies": rows, "trend": {"p_value": trend}, "ceiling": 10.0}}}
+
+
 @pytest.mark.parametrize(
     ("change", "title"),
     [
         ({"inpainting": {"p_value": 0.0001, "difference": 0.1}}, "completed from their halves"),
         ({"inpainting": {"p_value": 0.0001, "difference": 0.1, "baseline": {"mean": {"p_value": 0.01}}}}, "by this attack"),
         ({"inpainting": {"p_value": 0.2, "difference": 0.1}}, "by this attack"),
-        ({"canaries": {"kinds": {"noise": {"by_copies": {}, "trend": {"p_value": 0.001}}}}}, "planted pictures are remembered"),
+        ({"canaries": canaries(0.001, 0.001)}, "planted pictures are remembered"),
+        ({"canaries": canaries(0.001, 0.2)}, "by this attack"),  # a trend among pictures that are known no better than others
+        ({"canaries": canaries(0.2, 0.001)}, "by this attack"),
         ({"membership": [AUC | RATES | {"auc_ci95": [0.4, 0.6], "fpr_upper95": {"0.01": 0.017}}]}, "it can be told"),
         ({"membership": [AUC | RATES | {"auc_ci95": [0.4, 0.6], "fpr_upper95": {"0.01": 0.31}}]}, "by this attack"),
         ({"membership": [AUC | RATES | {"auc_ci95": [0.4, 0.6]}], "set_test": {"p_value": 0.001, "alpha": 0.01}}, "it can be told"),
