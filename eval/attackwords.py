@@ -22,6 +22,7 @@ NAMES = {
     "lira-offline": "LiRA, offline, one draw of noise",
     "lira-strong-offline": "Strong LiRA, offline",
 }
+KINDS = {"noise": "picture of noise", "heldout": "real picture"}
 METRICS = {
     "adaptive_score": "adaptive score (the attack's own)",
     "nn_ratio": "nearest to second nearest picture",
@@ -86,8 +87,8 @@ def membership_sentences(privacy: dict[str, Any]) -> list[str]:
         return []
     low, high = entry["auc_ci95"]
     found = [
-        f"Membership: with the weights in hand, {NAMES.get(entry['attack'], entry['attack'])} tells training pictures from held-out "
-        f"ones with an area under the curve of {entry['auc']:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance, 1 is certainty)"
+        f"Membership: with the weights in hand, the attack “{NAMES.get(entry['attack'], entry['attack'])}” tells training pictures from "
+        f"held-out ones with an area under the curve of {entry['auc']:.3f} (95 %: {low:.3f} to {high:.3f}; 0.5 is chance, 1 is certainty)"
     ]
     rate, interval = entry["tpr_at_fpr"].get("0.01"), (entry.get("tpr_ci95") or {}).get("0.01")
     if rate is not None:
@@ -139,7 +140,7 @@ def canary_sentences(privacy: dict[str, Any]) -> list[str]:
             copies, row = max(planted, key=lambda pair: pair[0])
             times = "once" if copies == 1 else f"{copies} times"
             found.append(
-                f"Canaries: the median {kind} picture planted {times} has an exposure of {row['median']:.1f} of at most "
+                f"Canaries: the median {KINDS.get(kind, kind)} planted {times} has an exposure of {row['median']:.1f} of at most "
                 f"{figures['ceiling']:.1f} bits (1 bit: nothing learned)."
             )
     return found
