@@ -168,7 +168,7 @@ def risk_report(
         "by_outlierness": table.by_outlierness(),
         "by_copies": table.by_copies(),
         "correlation": table.correlations(),
-        "top": list(rows[:_TOP]),
+        "top": [{key: value for key, value in row.items() if key != "group"} for row in rows[:_TOP]],
     }
 
 
