@@ -15,9 +15,10 @@ demo: $(VENV)/.installed
 compare: $(VENV)/.installed
 	$(BIN)/python launch/compare.py --config configs/compare/phantom.yaml $(ARGS)
 
-# One test process per core, with one thread each: small tensors do not fill several cores.
+# One test process per core, with one thread each: small tensors do not fill several cores. Files in the order of their names: by
+# default those with few tests come last, and the longest test would run alone at the end.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not multi"
@@ -35,9 +36,11 @@ smoke: $(VENV)/.installed
 	rm -rf runs/smoke
 	$(LAUNCH) train/run.py --config configs/smoke.yaml
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-test
 	$(BIN)/python bench/train_throughput.py
 	$(BIN)/python bench/dp_step.py
+	$(BIN)/python bench/search.py
+	$(BIN)/python bench/cliques.py
 
 # Does one private step give away more than its noise allows? On a tiny network, 1,000 trials with and without a record.
 audit: $(VENV)/.installed
