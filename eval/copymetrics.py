@@ -156,8 +156,7 @@ def copy_metrics(
         search = SscdSearch(sscd, accelerator)
         threshold = _search_threshold(config, search, training, calibration)
         searched, found = search.report(generations, rows, training, heldout, *threshold)
-        for row, columns in zip(table, found, strict=True):
-            row |= columns
+        table = [row | columns for row, columns in zip(table, found, strict=True)]
     report = {
         "metrics": entries,
         "agreement": _agreement(passed),
