@@ -112,7 +112,16 @@ class Batch:
         labels: int64 [B] class indices, or None for unconditional models.
         random: this batch's random numbers, one stream per record and purpose.
         timesteps: int64 [B], drawn after the batch seam.
-        noise: float32 [B, C, H, W], drawn after the batch seam.
+        noise: float32 [B, C, H, W], drawn after the batch seam; of the latents' shape where there are latents.
+        captions: text of each record, length B; None for models without text. The batch seam may replace them.
+        more_captions: further captions of each record, length B, of which a defense may choose; None as ``captions``.
+        text_noise: standard deviation of the Gaussian noise that the objective adds to each record's text embedding, in units
+            of the embedding's own standard deviation, float32 [B]; None: none. Set at the batch seam.
+        moments: mean and log variance of the latents of the *unchanged* images, float32 [B, 2c, h, w], where they are cached.
+        latents: scaled latents, float32 [B, c, h, w], drawn after the batch seam.
+        tokens: int64 [B, encoders, length], where text encoders are trained.
+        text, pooled, time_ids: what the network is conditioned on: float32 [B, length, width], [B, width], [B, 6].
+        told: what the objective tells seam 3 beside the loss, each [B], by the names of `Defense.wants`; written by the loss.
     """
 
     images: torch.Tensor
@@ -121,13 +130,23 @@ class Batch:
     random: RecordRandom
     timesteps: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    captions: list[str] | None = None
+    more_captions: list[list[str]] | None = None
+    text_noise: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+    told: dict[str, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, part: slice) -> "Batch":
         """Some of the records, with their own random streams."""
-        cut = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "told"}
         return Batch(**{name: None if value is None else value[part] for name, value in cut.items()})
 
     def to(self, device: torch.device) -> "Batch":
@@ -254,15 +273,28 @@ class Defense(ABC):
 
     ``after_training``: seams 5 and 6 alone are filled, so that a finished run can be given this defense later, without training
     again (``eval/run.py run_dir=… defenses.NAME={}``).
+
+    ``remembers``: what it does to one record depends on records seen before or beside it. Refused in a private run, whose
+    guarantee cannot cover it.
+
+    ``wants``: names of what the objective is to write into ``batch.told`` beside the loss, for seam 3: ``text_magnitude``, the
+    l2 norm over all latent dimensions of the difference that the caption makes to the predicted noise, float32 [B].
     """
 
     name: str
     private = False
     after_training = False
+    remembers = False
+    wants: tuple[str, ...] = ()
 
     def select(self, pool: Pool) -> list[Removal]:
         """Seam 1a: records to take out of training."""
         return []
+
+    def rewrite(self, captions: list[str]) -> list[str]:
+        """Seam 1c: the captions of all training records, once, before anything is made of them (vocabulary, embeddings, previews);
+        must treat each by itself. Evaluation knows the original ones."""
+        return captions
 
     def begin(self, context: RunContext) -> None:
         """Before the first step, on every rank: what depends on the whole run. May refuse it with a `UserError`."""
@@ -284,11 +316,17 @@ class Defense(ABC):
         return batch
 
     def change_loss(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Seam 3: the per-example losses, float32 [B]; must keep examples independent of each other."""
+        """Seam 3: the per-example losses, float32 [B]; must keep examples independent of each other unless it `remembers`.
+        ``batch.told`` has what the defense `wants`."""
         return losses
 
     def gradient_rule(self) -> GradientRule | None:
         """Seam 4: how per-example losses become a gradient."""
+        return None
+
+    def end_step(self) -> None:
+        """After every optimizer step, on all ranks together: what seam 3 has gathered over the step's micro-batches can be
+        joined here. Called before a checkpoint is saved."""
         return None
 
     def after_checkpoint(self, checkpoint: CheckpointView) -> Verdict | None:
