@@ -23,15 +23,16 @@ def save(
     """Writes ``folder`` (``checkpoints/step-N``) atomically.
 
     Args:
-        ema: averaged weights, in the order of ``model.parameters()``.
+        model: its parameters that are not trained are left out: they are those of the pretrained model.
+        ema: averaged weights, in the order of the trained parameters.
         state: counters and the defenses' states, JSON values.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    names = [name for name, _ in model.named_parameters()]
+    names, frozen = _names(model)
     save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items() if name not in frozen},
         temporary / "model.safetensors",
     )
     save_file(
@@ -57,15 +58,18 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     """Restores model and optimizer in place.
 
     Returns:
-        The averaged weights in the order of ``model.parameters()``, and the state.
+        The averaged weights in the order of the trained parameters, and the state.
 
     Raises:
         UserError: a file is missing or does not fit the model.
     """
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        names, frozen = _names(model)
+        fit = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        if fit.unexpected_keys or set(fit.missing_keys) - frozen:
+            raise ValueError(f"it has other weights ({', '.join([*fit.unexpected_keys, *fit.missing_keys][:3])} …)")
         averaged = load_file(folder / "ema.safetensors")
-        ema = [averaged[name] for name, _ in model.named_parameters()]
+        ema = [averaged[name] for name in names]
         state = json.loads((folder / "state.json").read_text())
         optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state.pop("optimizer")))
     except Exception as error:
@@ -74,6 +78,12 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
             str(folder), f"cannot be resumed from: {reason}", "remove this folder to resume from the one before"
         ) from error
     return ema, state
+
+
+def _names(model: nn.Module) -> tuple[list[str], set[str]]:
+    """Of the trained parameters, in order, and of those that are not trained."""
+    named = list(model.named_parameters())
+    return [name for name, each in named if each.requires_grad], {name for name, each in named if not each.requires_grad}
 
 
 def latest(checkpoints: Path) -> Path | None:

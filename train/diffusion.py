@@ -24,6 +24,11 @@ class DiffusionConfig:
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"  # what the network predicts
     noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     timesteps: int = 1000
+    # first and last variance of the linear schedules; null: 1e-4 and 0.02 (Ho et al. 2020), for scaled_linear 0.00085 and 0.012
+    # (Stable Diffusion)
+    beta_start: float | None = None
+    beta_end: float | None = None
+    offset_noise: float = 0.0  # standard deviation of a constant added to the noise of each channel (Guttenberg 2023); 0: none
     snr_gamma: float | None = 5.0  # min-SNR weighting (Hang et al. 2023); null: unweighted loss
     # relative probability of equally long stretches of the schedule, from clean to noisy, e.g. [1, 3, 3, 1]; null: uniform
     timestep_weights: list[float] | None = None
@@ -35,6 +40,11 @@ class DiffusionConfig:
             raise UserError(
                 "train.diffusion.snr_gamma", f"{self.snr_gamma} is not positive", "null switches weighting off"
             )
+        for key in ("beta_start", "beta_end"):
+            if getattr(self, key) is not None and not 0 < getattr(self, key) < 1:
+                raise UserError(f"train.diffusion.{key}", f"{getattr(self, key)} is not in (0, 1)", "null: the usual one")
+        if not 0 <= self.offset_noise < math.inf:
+            raise UserError("train.diffusion.offset_noise", f"{self.offset_noise} is negative", "0.1 is usual; 0: none")
         if self.timestep_weights is not None:
             _check_weights(self.timestep_weights, self.timesteps)
 
@@ -47,29 +57,36 @@ def _check_weights(weights: list[float], timesteps: int) -> None:
         raise UserError(key, f"{len(weights)} stretches for {timesteps} timesteps", "give fewer weights")
 
 
+BETAS = {"scaled_linear": (0.00085, 0.012)}  # others: those of Ho et al. (2020)
+
+
 def noise_schedule(config: DiffusionConfig) -> DDPMScheduler:
     """The forward process, as it is saved with the model."""
+    first, last = BETAS.get(config.noise_schedule, (1e-4, 0.02))
     return DDPMScheduler(
         num_train_timesteps=config.timesteps,
         beta_schedule=config.noise_schedule,
+        beta_start=config.beta_start or first,
+        beta_end=config.beta_end or last,
         prediction_type=config.prediction,
         clip_sample=True,
     )
 
 
-def draw(batch: Batch, schedule: DDPMScheduler, timestep_weights: Sequence[float] | None = None) -> Batch:
-    """Adds each record's timestep and noise, from its own random stream.
-
-    Args:
-        timestep_weights: see `biased_timesteps`; None: uniform timesteps.
-    """
-    device, shape, steps = batch.images.device, batch.images.shape[1:], schedule.config.num_train_timesteps
-    if timestep_weights is None:
+def draw(batch: Batch, schedule: DDPMScheduler, config: DiffusionConfig) -> Batch:
+    """Adds each record's timestep and noise, from its own random stream; the noise has the shape of what is noised: latents where
+    there are some, else images."""
+    clean = batch.images if batch.latents is None else batch.latents
+    steps = schedule.config.num_train_timesteps
+    if config.timestep_weights is None:
         timesteps = batch.random.integers("timestep", steps)
     else:
-        timesteps = biased_timesteps(batch.random.uniform("timestep"), timestep_weights, steps)
-    batch.timesteps = timesteps.to(device)
-    batch.noise = batch.random.normal("noise", *shape).to(device, non_blocking=True)
+        timesteps = biased_timesteps(batch.random.uniform("timestep"), config.timestep_weights, steps)
+    noise = batch.random.normal("noise", *clean.shape[1:])
+    if config.offset_noise:
+        noise = noise + config.offset_noise * batch.random.normal("offset noise", clean.shape[1], 1, 1)
+    batch.timesteps = timesteps.to(clean.device)
+    batch.noise = noise.to(clean.device, non_blocking=True)
     return batch
 
 
@@ -113,19 +130,27 @@ def per_example_loss(model: nn.Module, batch: Batch, schedule: DDPMScheduler, ga
         gamma: bound of the min-SNR weight, or None.
     """
     noisy = schedule.add_noise(batch.images, batch.noise, batch.timesteps)  # [B, C, H, W]
+    prediction = model(noisy, batch.timesteps, class_labels=batch.labels, return_dict=False)[0]
+    return weighted_error(prediction, batch.images, batch, schedule, gamma)
+
+
+def weighted_error(
+    prediction: torch.Tensor, clean: torch.Tensor, batch: Batch, schedule: DDPMScheduler, gamma: float | None
+) -> torch.Tensor:
+    """Weighted mean squared error of what a network predicted for ``clean`` with the noise of ``batch``, float32 [B]."""
     if schedule.config.prediction_type == "epsilon":
         target = batch.noise
     else:
-        target = schedule.get_velocity(batch.images, batch.noise, batch.timesteps)
-    prediction = model(noisy, batch.timesteps, class_labels=batch.labels, return_dict=False)[0]
+        target = schedule.get_velocity(clean, batch.noise, batch.timesteps)
     error = (prediction.float() - target).square().flatten(1).mean(1)
     return error * loss_weight(schedule, batch.timesteps, gamma)
 
 
 def fix(batch: Batch, position: np.ndarray, schedule: DDPMScheduler) -> Batch:
     """Adds timesteps at the given places of the schedule, float64 [B] in (0, 1), and noise that depends on the record alone."""
+    clean = batch.images if batch.latents is None else batch.latents
     batch.timesteps = torch.from_numpy((position * schedule.config.num_train_timesteps).astype(np.int64))
-    batch.noise = batch.random.normal("heldout", *batch.images.shape[1:])
+    batch.noise = batch.random.normal("heldout", *clean.shape[1:])
     return batch
 
 
@@ -138,7 +163,7 @@ def objective(config: DiffusionConfig, schedule: DDPMScheduler) -> Objective:
     return Objective(
         loss=loss,
         heldout_loss=loss,
-        draw=lambda batch: draw(batch, schedule, config.timestep_weights),
+        draw=lambda batch: draw(batch, schedule, config),
         fix=lambda batch, position: fix(batch, position, schedule),
     )
 

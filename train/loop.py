@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from train import checkpoint
 from train.objective import Objective
 from train.plan import repeats
 from train.runlog import RunDirectory
-from train.state import TrainConfig, TrainState
+from train.state import TrainConfig, TrainState, trained_parameters
 
 
 @dataclass
 class Trainer:
-    """What a step needs, built by stage.py. ``fetch`` gives uint8 [b, C, H, W] and class indices [b] (or None) for rows."""
+    """What a step needs, built by stage.py.
+
+    ``fetch`` gives fields of `Batch` for rows: ``images`` as uint8 [b, C, H, W], ``labels`` int64 [b] or None, for models with
+    text ``captions`` and ``more_captions``, and ``moments`` where they are cached.
+    """
 
     config: TrainConfig
     seed: int
@@ -36,7 +40,7 @@ class Trainer:
     wrapped: nn.Module  # the model as Accelerate prepared it, or the bare one
     objective: Objective
     plan: BatchPlan
-    fetch: Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor | None]]
+    fetch: Callable[[np.ndarray], dict[str, Any]]
     rule: GradientRule
     defenses: list[Defense]
     lr_schedule: Any
@@ -46,6 +50,7 @@ class Trainer:
     preview: Callable[[int], None]
     view: Callable[[int], CheckpointView]
     quiet: bool  # nothing that was measured on the records is logged or saved
+    frozen: str = ""  # digest of the weights that are not trained, which checkpoints do not hold
 
     def train(self) -> None:
         """Trains from ``state.step`` to the end, or until a defense or a signal stops it."""
@@ -95,7 +100,9 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
-        state.ema.step(state.model.parameters())
+        state.ema.step(trained_parameters(state.model))
+        for defense in self.defenses:
+            defense.end_step()
         return losses
 
     def microbatches(self, rows: np.ndarray) -> Microbatches:
@@ -105,29 +112,36 @@ class Trainer:
         return Microbatches([partial(self.batch, rows[part], order[part]) for part in parts])
 
     def batch(self, rows: np.ndarray, repeat: np.ndarray) -> Batch:
-        pixels, labels = self.fetch(rows)  # uint8 [b, C, H, W], int64 [b] | None
-        return self.change(pixels, labels, RecordRandom(self.plan.seed, self.state.step, rows, repeat), rows)
+        return self.change(self.fetch(rows), RecordRandom(self.plan.seed, self.state.step, rows, repeat), rows)
 
     def example(self, count: int, negated: slice = slice(0)) -> Batch:
         """A batch of random images in place of records, to try the model on before any record is touched.
 
         Args:
-            negated: which of them are shown as their negative.
+            negated: which of them are shown as their negative, with another caption.
         """
-        pixels, labels = self.fetch(np.zeros(1, dtype=np.int64))  # shapes and types alone are used
+        found = self.fetch(np.zeros(1, dtype=np.int64))  # shapes and types alone are used
         random = RecordRandom(self.seed, 0, range(count), [0] * count)
-        noise = (random.uniform("example", *pixels.shape[1:]) * 255).to(torch.uint8)
+        noise = (random.uniform("example", *found["images"].shape[1:]) * 255).to(torch.uint8)
         noise[negated] = 255 - noise[negated]
-        return self.change(noise, None if labels is None else labels.new_zeros(count), random, np.arange(count))
+        fields = {"images": noise, "labels": found["labels"] if found["labels"] is None else found["labels"].new_zeros(count)}
+        if found.get("captions") is not None:
+            fields["captions"] = ["one two"] * count
+            fields["captions"][negated] = ["three"] * len(fields["captions"][negated])
+            fields["more_captions"] = [[] for _ in range(count)]
+        return self.change(fields, random, np.arange(count))
 
-    def change(
-        self, pixels: torch.Tensor, labels: torch.Tensor | None, random: RecordRandom, rows: np.ndarray
-    ) -> Batch:
+    def change(self, fields: dict[str, Any], random: RecordRandom, rows: np.ndarray) -> Batch:
+        """The batch of some records after seam 2, with what the objective draws."""
         device = self.accelerator.device
-        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
-        batch = Batch(images, rows, None if labels is None else labels.to(device), random)
+        images = fields["images"].to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
+        labels, version = fields["labels"], images._version
+        batch = Batch(**{**fields, "images": images, "labels": labels if labels is None else labels.to(device)},
+                      rows=rows, random=random)
         for defense in self.defenses:
             batch = defense.change_batch(batch)
+        if batch.images is not images or images._version != version:
+            batch = replace(batch, moments=None)  # those of other pictures
         return self.objective.draw(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -160,7 +174,7 @@ class Trainer:
         Raises:
             UserError: the loss, or a weight after its last update, is not finite.
         """
-        weights = torch.stack([parameter.detach().abs().amax() for parameter in self.state.model.parameters()])
+        weights = torch.stack([each.detach().abs().amax() for each in trained_parameters(self.state.model)])
         if not np.isfinite(total) or not bool(weights.isfinite().all()):
             raise UserError(
                 "train.learning_rate",
@@ -177,7 +191,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             counters = {**state.counters(), "loss_sum": totals[0], "loss_count": totals[1]}
             defenses = {defense.name: defense.state_dict() for defense in self.defenses}
-            values = {**counters, "ema_steps": state.ema.optimization_step, "defenses": defenses}
+            steps = {"ema_steps": state.ema.optimization_step, "frozen": self.frozen}
+            values = {**counters, **steps, "defenses": defenses}
             checkpoint.save(folder, state.model, state.optimizer, state.ema.shadow_params, values)
             checkpoint.prune(self.directory.checkpoints, self.config.keep_checkpoints, state.release_step)
         self.accelerator.wait_for_everyone()
@@ -192,6 +207,12 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Restores ``state`` from a checkpoint, on every rank."""
         ema, values = checkpoint.load(folder, self.state.model, self.state.optimizer)
+        if values.get("frozen", "") != self.frozen:
+            raise UserError(
+                "model.pretrained",
+                f"has other weights than when {folder} was written, which holds only what was trained",
+                "give the same model again, or choose another run.name",
+            )
         for name in self.state.counters():
             setattr(self.state, name, values[name])
         if self.accelerator.is_main_process:  # the sums were saved over all ranks

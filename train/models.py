@@ -26,7 +26,8 @@ SIZES = {
 class ModelConfig:
     """Section ``model``."""
 
-    family: Literal["pixel", "gan"] = "pixel"  # UNet2DModel on pixels; gan: the baseline that is no diffusion model
+    # pixel: UNet2DModel on pixels; latent: Stable Diffusion 1.x, 2.x, XL; gan: the baseline that is no diffusion model
+    family: Literal["pixel", "latent", "gan"] = "pixel"
     size: Literal["nano", "tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
     pretrained: str | None = (
         None  # folder (or hub id) of a diffusers pipeline of this family to start from; null: from scratch
@@ -38,10 +39,18 @@ class ModelConfig:
     # shell-style patterns of the parameters that are trained, beside the adapter where there is one, e.g. ["*norm*", "*.bias",
     # "class_embedding*"]; null: all, with an adapter none but its own
     trainable: list[str] | None = None
+    # latent: whether the text encoders are trained too, whole or, with an adapter, by adapters of their own; from scratch they
+    # always are
+    train_text_encoder: bool = False
+    cache: bool = True  # latent: keep latents and text embeddings on disk, where no defense changes the pictures or captions
 
     def __post_init__(self):
         if self.family == "gan":
             self._refuse_for_gan()
+        if self.family != "latent" and self.train_text_encoder:
+            raise UserError("model.train_text_encoder", f"a model of family {self.family} has none", "set it to false")
+        if self.family == "latent" and self.dropout:
+            raise UserError("model.dropout", "is not offered for family latent", "set it to 0")
         if self.adapter is not None and self.pretrained is None:
             raise UserError(
                 "model.adapter", "would adapt random weights", "give model.pretrained, or set model.adapter=null"

@@ -1,6 +1,6 @@
 """What is watched during training, on all ranks: held-out losses and sample grids of the averaged weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,9 +22,18 @@ from train.state import TrainState, averaged_weights
 
 
 def heldout_batches(
-    config: SimpleNamespace, dataset: Dataset, names: list[str], objective: Objective, accelerator: Accelerator
+    config: SimpleNamespace,
+    dataset: Dataset,
+    names: list[str],
+    objective: Objective,
+    accelerator: Accelerator,
+    captions: list[str] | None = None,
 ) -> dict[str, list[Batch]]:
-    """Batches without chance (for diffusion: fixed noise, evenly spread timesteps): this rank's share of held-out and of training records."""
+    """Batches without chance (for diffusion: fixed noise, evenly spread timesteps): this rank's share of held-out and of training records.
+
+    Args:
+        captions: of every record, for models with text.
+    """
     settings = config.train
     if not settings.heldout_every:
         return {}
@@ -38,7 +47,9 @@ def heldout_batches(
             random = RecordRandom(0, 0, part, np.zeros(len(part), dtype=int))
             # One stratum of the schedule per record: the spread over timesteps is even for any number of records.
             position = (np.searchsorted(np.sort(order), part) + 0.5) / len(order)
-            batches.append(objective.fix(Batch(images, part, labels_of(dataset, part, names), random), position))
+            batch = Batch(images, part, labels_of(dataset, part, names), random)
+            batch.captions = None if captions is None else [captions[row] for row in part]
+            batches.append(objective.fix(batch, position))
         if len(order):
             result[name] = batches
     return result
@@ -72,14 +83,17 @@ def sample_on_all_ranks(
     frequency: np.ndarray,
     indices: Sequence[int],
     accelerator: Accelerator,
+    prompts: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> torch.Tensor:
     """Images of ``model`` for sample indices, drawn in whole blocks by all ranks, float32 [n, C, H, W] in [0, 1].
 
     Args:
         frequency: weight of every class, int64 [classes]; empty for unconditional models.
+        prompts: sample indices -> prompts, for models with text.
     """
     steps = min(25, config.train.diffusion.timesteps)
-    sampler = SamplerConfig(steps=steps, batch_size=8)  # small blocks, so that every rank has some
+    # small blocks, so that every rank has some
+    sampler = SamplerConfig(steps=steps, batch_size=8, guidance_scale=config.generate.guidance_scale)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     drawn, family = [], families.of(config.model)
     for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):
@@ -93,6 +107,7 @@ def sample_on_all_ranks(
             shape,
             seed=config.run.seed,
             labels=labels,
+            prompts=prompts(chosen) if prompts is not None else None,
             precision=config.train.precision,
         )
         drawn.append((block.start, images))

@@ -1,5 +1,6 @@
 """Sampling: every image is a function of (seed, sample index), whatever the number of processes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,15 @@ class SamplerConfig:
     )
     steps: int = 50  # network evaluations per image
     batch_size: int = 64  # images per forward pass; samples i*batch_size.. always share a pass
+    # text-to-image models: weight of what the caption adds to the predicted noise; 1: no guidance, at half the cost
+    guidance_scale: float = 7.5
 
     def __post_init__(self):
         for key in ("steps", "batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"generate.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError("generate.guidance_scale", f"{self.guidance_scale} is negative", "7.5 is usual; 1: none")
 
 
 def build_sampler(config: SamplerConfig, schedule_config: dict):

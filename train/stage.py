@@ -19,7 +19,7 @@ from defenses.base import BatchPlan, CheckpointView, Defense, GradientRule, RunC
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from defenses.seeding import derive
-from train import checkpoint, families
+from train import checkpoint, families, textstage
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.families import build
@@ -29,21 +29,27 @@ from train.models import memory_format, parameter_count
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import build_optimizer, build_schedule
 from train.plan import EpochPlan
+from train.pipelines import frozen_digest
 from train.planting import SPLIT as CANARY
 from train.records import class_frequency, class_names, labels_of, pool_of, trained_rows
 from train.runlog import RunDirectory
 from train.sampling import save_grid
-from train.state import TrainState, averaged_weights, released_model
+from train.state import TrainConfig, TrainState, averaged_weights, released_model, trained_parameters
 
 SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
 RECORD = "training.json"  # in the run directory: the same and what is for the holder of the records alone
 FOR_THE_HOLDER = ("train_seconds", "peak_memory_bytes", "defense_states")  # not beside a private model
 
 
-def build_model(config: SimpleNamespace, names: list[str]) -> nn.Module:
-    """The network with initial weights that depend on run.seed alone."""
+def build_model(config: SimpleNamespace, names: list[str], run: Path | None = None) -> nn.Module:
+    """The network with initial weights that depend on run.seed alone.
+
+    Args:
+        run: run directory, where a text-to-image model from scratch has its first pipeline.
+    """
     torch.manual_seed(derive(config.run.seed, "weights"))
-    return build(config.model, config.data.image_size, config.data.channels, len(names))
+    base = textstage.base_of(config, run)
+    return build(config.model, config.data.image_size, config.data.channels, len(names), base)
 
 
 def train_model(
@@ -64,6 +70,7 @@ def train_model(
     if on_main(accelerator, lambda: (directory.model / SIDECAR).exists()):
         return json.loads((directory.path / RECORD).read_text())
     names = class_names(dataset, config.data.label_key)
+    textstage.prepare_base(config, dataset, directory, defenses, accelerator)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
     newest = on_main(accelerator, lambda: checkpoint.latest(directory.checkpoints))
     if newest is not None:
@@ -95,32 +102,39 @@ def build_trainer(
             f"{settings.batch_size} is less than {accelerator.num_processes} processes x {settings.accumulation} micro-batches",
             "raise it, or lower train.accumulation",
         )
-    model = build_model(config, names).to(accelerator.device, memory_format=memory_format(accelerator.device)).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(settings.optimizer, trainable, settings.learning_rate)
-    ema = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True)
+    refuse_combinations(config, defenses)
+    model = build_model(config, names, directory.path)
+    model = model.to(accelerator.device, memory_format=memory_format(accelerator.device)).train()
+    speed_up(model, settings, defenses)
+    optimizer = build_optimizer(settings.optimizer, trained_parameters(model), settings.learning_rate)
+    ema = EMAModel(trained_parameters(model), decay=settings.ema_decay, foreach=True)
     state = TrainState(model=model, optimizer=optimizer, ema=ema)
     schedule = noise_schedule(settings.diffusion)
     family = families.of(config.model)
-    family.check(config.model, schedule, defenses)
-    objective = family.objective(settings, schedule)
+    family.check(config.model, schedule, defenses, model)
     begin(config, dataset, directory, accelerator, defenses)
     plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
-    heldout = {} if quiet else heldout_batches(config, dataset, names, objective, accelerator)
+    text = textstage.texts_of(config, dataset, directory, defenses, model, accelerator)
+    wants = {name for defense in defenses for name in defense.wants}
+    objective = family.objective(model, settings, schedule, wants, text.encode)
+    heldout = {} if quiet else heldout_batches(config, dataset, names, objective, accelerator, text.captions)
     frequency = sampling_frequency(config, dataset, defenses, names)
+    prompts = textstage.preview_prompts(config, dataset, defenses)
 
-    def fetch(batch_rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return torch.from_numpy(dataset.images[batch_rows]), labels_of(dataset, batch_rows, names)
+    def fetch(batch_rows: np.ndarray) -> dict[str, Any]:
+        pixels = torch.from_numpy(dataset.images[batch_rows])
+        return {"images": pixels, "labels": labels_of(dataset, batch_rows, names), **text.fields(batch_rows)}
 
     def draw_samples(indices) -> torch.Tensor:
         with averaged_weights(state) as averaged:
-            return sample_on_all_ranks(config, averaged, schedule, frequency, indices, accelerator)
+            return sample_on_all_ranks(config, averaged, schedule, frequency, indices, accelerator, prompts)
 
     def preview(step: int) -> None:
         images = draw_samples(range(settings.preview_count))
         if accelerator.is_main_process:
             save_grid(directory.samples / f"step-{step}.png", images)
+            textstage.write_preview_prompts(directory, config, prompts)
 
     def view(step: int) -> CheckpointView:
         pool, control = pool_of(dataset, config.run.seed), dataset.rows("calibration")
@@ -143,6 +157,7 @@ def build_trainer(
         preview=preview,
         view=view,
         quiet=quiet,
+        frozen=frozen_digest([model, *getattr(model, "beside", ())]),
     )
     if any(defense.private for defense in defenses):
         together(accelerator, lambda: refuse_mixing(trainer))
@@ -157,12 +172,59 @@ def refuse_mixing(trainer: Trainer) -> None:
         UserError: it does.
     """
     one, other = trainer.example(4), trainer.example(4, negated=slice(1, None))
-    for name in ("images", "labels", "timesteps", "noise"):
+    for name in ("images", "labels", "timesteps", "noise", "captions", "latents", "text", "pooled", "tokens"):
         first, second = getattr(one, name), getattr(other, name)
-        if first is not None and not torch.equal(first[:1], second[:1]):
+        if first is not None and not _alike(first[:1], second[:1]):
             raise UserError(
                 "defenses", f"one of them mixes the {name} of a batch, which a private run cannot have", "switch it off"
             )
+
+
+def _alike(first: torch.Tensor | list[str], second: torch.Tensor | list[str]) -> bool:
+    if isinstance(first, list):
+        return first == second
+    # what comes from an encoder differs by rounding with its batch
+    return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3)
+
+
+def refuse_combinations(config: SimpleNamespace, defenses: list[Defense]) -> None:
+    """Defenses that contradict each other or the kind of model.
+
+    Raises:
+        UserError: one that remembers records beside a private one, or one that needs text in a model without.
+    """
+    private = [defense.name for defense in defenses if defense.private]
+    for defense in defenses:
+        if private and defense.remembers:
+            raise UserError(
+                f"defenses.{defense.name}",
+                f"what it does to one record depends on others, which the guarantee of {private[0]} cannot cover",
+                "switch one of the two off",
+            )
+        if not families.of(config.model).captioned and (defense.needs_captions or defense.wants):
+            raise UserError(
+                f"defenses.{defense.name}", f"is for text-to-image models, not family {config.model.family}", "switch it off"
+            )
+
+
+def speed_up(model: nn.Module, settings: TrainConfig, defenses: list[Defense]) -> None:
+    """Gradient checkpointing and compilation, in place.
+
+    Raises:
+        UserError: a defense that takes gradients per record cannot use it.
+    """
+    owners = [d.name for d in defenses if type(d).gradient_rule is not Defense.gradient_rule]
+    for key in ("gradient_checkpointing", "compile"):
+        if getattr(settings, key) and owners:
+            raise UserError(f"train.{key}", f"does not work with gradients per record ({owners[0]})", "set it to false")
+    if settings.gradient_checkpointing:
+        for module in model.modules():
+            if hasattr(module, "enable_gradient_checkpointing"):
+                module.enable_gradient_checkpointing()
+            elif hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        getattr(model, "unet", model).compile()
 
 
 def begin(
@@ -310,7 +372,8 @@ def facts_at(directory: RunDirectory, step: int) -> dict[str, Any]:
 
 def checkpoint_model(config: SimpleNamespace, directory: RunDirectory, step: int, classes: list[str]) -> nn.Module:
     """The network with the averaged weights of one checkpoint, on the CPU."""
-    model, saved = build_model(config, classes), directory.checkpoints / f"step-{step}"
+    saved = directory.checkpoints / f"step-{step}"
+    model = build_model(config, classes, directory.path)
     for part in ("model", "ema"):  # the averages are of the parameters alone, buffers come from the model
         model.load_state_dict(load_file(saved / f"{part}.safetensors"), strict=False)
     return model.eval()

@@ -22,6 +22,9 @@ class TrainConfig:
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 64  # images per optimizer step, over all processes and accumulation
+    caption_dropout: float = 0.1  # text-to-image: share of records that are trained without their caption, for guidance
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    compile: bool = False  # torch.compile of the network
     accumulation: int = 1  # micro-batches per process and step
     learning_rate: float = 1e-3
     precision: str = (
@@ -44,6 +47,8 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulation", "log_every", "preview_count", "heldout_records"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError("train.caption_dropout", f"{self.caption_dropout} is no probability", "0.1 is usual")
         if self.precision == "auto":
             self.precision = native_precision()
         if self.precision not in ("bf16", "fp32"):
@@ -89,19 +94,25 @@ class TrainState:
         return {name: getattr(self, name) for name in names}
 
 
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What is optimised, averaged and saved in checkpoints, in the order of ``model.parameters()``."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 @contextmanager
 def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
     """The model with its EMA weights, in evaluation mode, for the length of a block."""
     model = state.model
-    state.ema.store(model.parameters())
-    state.ema.copy_to(model.parameters())
+    trained = trained_parameters(model)
+    state.ema.store(trained)
+    state.ema.copy_to(trained)
     model.eval()
     try:
         with torch.no_grad():
             yield model
     finally:
         model.train()
-        state.ema.restore(model.parameters())
+        state.ema.restore(trained)
 
 
 def released_model(state: TrainState) -> nn.Module:

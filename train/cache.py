@@ -1,0 +1,162 @@
+"""Latents and text embeddings on disk, computed once by all ranks.
+
+A file's name holds a digest of everything that changes its content, and it appears whole or not at all; what is there already is
+used. The folder holds what training pictures and captions can be read from: mode 0700, as the rest of the run directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from defenses.ranks import on_main, together
+from train.conditioner import Condition
+from train.diffusion import autocast
+from train.files import sync_directory
+from train.latent import LatentModel
+
+
+def digest(*values) -> str:
+    """Twelve hex digits of JSON values, arrays and modules (their weights)."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, nn.Module):
+            for name, tensor in sorted(value.state_dict().items()):
+                found.update(name.encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, np.ndarray):
+            found.update(np.ascontiguousarray(value))
+        else:
+            found.update(json.dumps(value, sort_keys=True).encode())
+    return found.hexdigest()[:12]
+
+
+def cached_moments(
+    model: LatentModel,
+    images: np.ndarray,
+    rows: np.ndarray,
+    stamps: Sequence[str],
+    folder: Path,
+    precision: str,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+) -> Callable[[np.ndarray], torch.Tensor]:
+    """Mean and log variance of the latents of unchanged pictures, from disk.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        rows: those that are encoded, int64 [n], ascending.
+        stamps: digest of each record's picture, length N; with the autoencoder's weights they name the file.
+        precision: of the autoencoder's arithmetic.
+
+    Returns:
+        rows -> float32 [b, 2c, h, w].
+    """
+    config = {key: value for key, value in model.vae.config.items() if not key.startswith("_")}
+    known = [stamps[row] for row in rows]
+    name = digest(model.vae, json.loads(json.dumps(config, default=str)), known, list(images.shape[1:]), precision)
+    path = folder / f"latents-{name}.npy"
+
+    @torch.no_grad()
+    def encode(part: np.ndarray) -> torch.Tensor:
+        pixels = torch.from_numpy(images[rows[part]]).to(accelerator.device).float() / 127.5 - 1
+        with autocast(accelerator.device, precision):
+            return model.moments(pixels).cpu()
+
+    shape = tuple(encode(np.zeros(1, np.int64)).shape[1:])
+    table = _filled(path, (len(rows), *shape), encode, batch_size, accelerator)
+
+    def read(wanted: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(table[np.searchsorted(rows, wanted)])
+
+    return read
+
+
+def cached_conditions(
+    model: LatentModel,
+    captions: Sequence[str],
+    folder: Path,
+    precision: str,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+) -> Callable[[Sequence[str]], Condition]:
+    """Embeddings of captions from disk; a caption that is not among them is encoded when it is asked for.
+
+    Returns:
+        captions -> their condition, on the accelerator's device.
+    """
+    distinct = sorted(set(captions))
+    device = accelerator.device
+    tokens = model.conditioner.tokens(distinct).numpy()
+    settings = [repr(tokenizer) for tokenizer in model.conditioner.tokenizers]
+    name = digest(*model.conditioner.encoders, tokens, settings, precision)
+
+    def encode_now(texts: Sequence[str]) -> Condition:
+        with autocast(device, precision):
+            return model.conditioner.encode(texts)
+
+    first = encode_now(distinct[:1])
+    parts = {"text": first.text, **({} if first.pooled is None else {"pooled": first.pooled})}
+    tables = {
+        part: _filled(
+            folder / f"{part}-{name}.npy",
+            (len(distinct), *example.shape[1:]),
+            lambda places, part=part: getattr(encode_now([distinct[place] for place in places]), part).cpu(),
+            batch_size,
+            accelerator,
+        )
+        for part, example in parts.items()
+    }
+    place = {caption: index for index, caption in enumerate(distinct)}
+
+    def look_up(wanted: Sequence[str]) -> Condition:
+        found: dict[str, torch.Tensor] = {}
+        new = sorted({text for text in wanted if text not in place})
+        fresh = encode_now(new) if new else None
+        for part, table in tables.items():
+            rows = [
+                torch.from_numpy(table[place[text]]).to(device)
+                if text in place
+                else getattr(fresh, part)[new.index(text)]
+                for text in wanted
+            ]
+            found[part] = torch.stack(rows)
+        return Condition(found["text"], found.get("pooled"))
+
+    return look_up
+
+
+def _filled(
+    path: Path, shape: tuple[int, ...], compute: Callable[[np.ndarray], torch.Tensor], batch_size: int, accelerator
+) -> np.ndarray:
+    """The array in ``path``, computed in blocks by all ranks if it is not there; blocks are the same for any number of ranks."""
+    if not on_main(accelerator, path.exists):
+        partial = path.with_name(f".{path.name}.tmp")
+
+        def make() -> None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
+
+        on_main(accelerator, make)
+
+        def fill() -> None:
+            table = np.lib.format.open_memmap(partial, "r+")
+            starts = range(0, shape[0], batch_size)[accelerator.process_index :: accelerator.num_processes]
+            for start in starts:
+                places = np.arange(start, min(start + batch_size, shape[0]))
+                table[places] = compute(places).numpy()
+            table.flush()
+
+        together(accelerator, fill)
+
+        def finish() -> None:
+            partial.rename(path)
+            sync_directory(path.parent)
+
+        on_main(accelerator, finish)
+    return np.load(path, mmap_mode="c")

@@ -1,0 +1,83 @@
+"""Images of a text-to-image model: every one a function of (seed, prompt, sample index), whatever else is in its batch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from defenses.seeding import derive, generator
+from train.conditioner import Condition
+from train.diffusion import autocast
+from train.latent import LatentModel, conditions_of, predict, repeated, time_ids, to_channels
+from train.sampling import SamplerConfig
+
+
+def build_sampler(config: SamplerConfig, schedule: dict):
+    """diffusers scheduler with the noise schedule of a pipeline; latents are not clipped."""
+    if config.sampler == "ddim":
+        return DDIMScheduler.from_config(schedule, timestep_spacing="trailing", clip_sample=False)
+    return DPMSolverMultistepScheduler.from_config(schedule, timestep_spacing="trailing", solver_order=2)
+
+
+def start_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> torch.Tensor:
+    """Start noise of one image, float32 of ``shape`` (c, h, w): of the prompt's text and the sample index alone."""
+    return torch.randn(tuple(shape), generator=generator(seed, "sample", derive(0, prompt), int(index)))
+
+
+@torch.no_grad()
+def sample(
+    model: LatentModel,
+    config: SamplerConfig,
+    indices: Sequence[int],
+    shape: tuple[int, int, int],
+    *,
+    seed: int,
+    prompts: Sequence[str],
+    conditions: Condition | None = None,
+    precision: str = "fp32",
+    known: Callable[[Sequence[str]], Condition] | None = None,
+) -> torch.Tensor:
+    """Images for prompts and sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
+
+    With ``guidance_scale`` s other than 1 the noise is that without the caption plus s times the difference that the caption makes (Ho and
+    Salimans 2022, in the form of diffusers' pipelines), at two network evaluations per step.
+
+    Args:
+        shape: (C, H, W) of one image; H = W.
+        prompts: one per image.
+        conditions: what to condition on in place of the prompts' own embeddings, one per image.
+        known: see `conditions_of`.
+    """
+    device, size = next(model.parameters()).device, shape[1]
+    with autocast(device, precision):
+        condition = conditions if conditions is not None else conditions_of(model, prompts, known)
+        empty = model.conditioner.empty() if config.guidance_scale != 1 else None
+    condition = condition.to(device)
+    scheduler = build_sampler(config, model.parts.scheduler.config)
+    scheduler.set_timesteps(config.steps, device=device)
+    side = size // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    own = (model.unet.config.in_channels, side, side)
+    start = torch.stack([start_noise(seed, p, i, own) for p, i in zip(prompts, indices, strict=True)])
+    latents = (start * scheduler.init_noise_sigma).to(device)
+    ids = torch.tensor([time_ids(size)] * len(latents), device=device)
+    if empty is not None:
+        condition, ids = joined(repeated(empty.to(device), len(latents)), condition), torch.cat([ids, ids])
+    for timestep in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(latents, timestep)
+        if empty is not None:
+            inputs = torch.cat([inputs, inputs])
+        with autocast(device, precision):
+            output = predict(model.unet, inputs, timestep.expand(len(inputs)), condition, ids).float()
+        if empty is not None:
+            without, with_caption = output.chunk(2)
+            output = without + config.guidance_scale * (with_caption - without)
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    with autocast(device, precision):
+        images = model.decode(latents)
+    return to_channels(images, shape[0]).cpu()
+
+
+def joined(first: Condition, second: Condition) -> Condition:
+    """Both, one after the other in one batch."""
+    pooled = None if second.pooled is None else torch.cat([first.pooled, second.pooled])
+    return Condition(torch.cat([first.text, second.text]), pooled)

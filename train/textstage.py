@@ -1,0 +1,186 @@
+"""What the trainer does beyond the ordinary for models with text: first pipeline, captions, caches, prompts of previews.
+
+For models without text every function here gives nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from defenses import registry
+from defenses.base import Batch, Defense
+from defenses.errors import UserError
+from defenses.seeding import RecordRandom, derive
+from train import families, scratch
+from train.cache import cached_conditions, cached_moments
+from train.conditioner import Condition
+from train.data import Dataset
+from train.diffusion import noise_schedule
+from train.files import write_json
+from train.records import trained_rows
+from train.runlog import RunDirectory
+
+BASE = "base"  # folder of a run from scratch: the pipeline as training finds it, tokenizer and autoencoder ready
+CACHE = "cache"
+PREVIEWS = "prompts.json"  # in samples/: what the previews were drawn with
+
+
+@dataclass
+class Texts:
+    """Captions of a run.
+
+    Attributes:
+        captions: of every record as it is trained on, length N; "" where it has none. None: a model without text.
+        more: further captions of every record, length N.
+        moments: rows -> cached moments of their latents, or None.
+        encode: captions -> condition from the cache, or None.
+    """
+
+    captions: list[str] | None = None
+    more: list[list[str]] | None = None
+    moments: Callable[[np.ndarray], torch.Tensor] | None = None
+    encode: Callable[[Sequence[str]], Condition] | None = None
+
+    def fields(self, rows: np.ndarray) -> dict[str, Any]:
+        """Fields of `Batch` for some rows."""
+        if self.captions is None:
+            return {}
+        found: dict[str, Any] = {
+            "captions": [self.captions[row] for row in rows],
+            "more_captions": [self.more[row] for row in rows],
+        }
+        if self.moments is not None:
+            found["moments"] = self.moments(rows)
+        return found
+
+
+def base_of(config: SimpleNamespace, run: Path | None) -> Path | None:
+    """Folder of the pipeline that a run from scratch begins with; None where there is none."""
+    return run / BASE if config.model.family == "latent" and config.model.pretrained is None else None
+
+
+def prepare_base(
+    config: SimpleNamespace,
+    dataset: Dataset,
+    directory: RunDirectory,
+    defenses: list[Defense],
+    accelerator: Accelerator,
+    trained: bool = True,
+) -> None:
+    """Makes the pipeline that a text-to-image run from scratch begins with: tokenizer, autoencoder, random networks.
+
+    Args:
+        trained: false for a dry run: the autoencoder stays random.
+
+    Raises:
+        UserError: there are no captions; or the run is private, whose guarantee would not cover tokenizer and autoencoder.
+    """
+    base = base_of(config, directory.path)
+    if base is None:
+        return
+    private = registry.private(config.defenses)
+    if private:
+        raise UserError(
+            "model.pretrained",
+            f"null: tokenizer and autoencoder would be made from the records, outside the guarantee of {private[0]}",
+            "give a pipeline that was trained on public pictures",
+        )
+    rows = trained_rows(dataset)
+    captions, more = captions_of(config, dataset, defenses)
+    scratch.make(
+        base,
+        config=config.model.scratch,
+        size=config.model.size,
+        captions=sorted({text for row in rows for text in (captions[row], *more[row])}),
+        images=dataset.images,
+        rows=rows,
+        heldout=dataset.rows("heldout"),
+        schedule=noise_schedule(config.train.diffusion),
+        seed=config.run.seed,
+        precision=config.train.precision,
+        accelerator=accelerator,
+        trained=trained,
+    )
+
+
+def captions_of(config: SimpleNamespace, dataset: Dataset, defenses: list[Defense]) -> tuple[list[str], list[list[str]]]:
+    """Captions of every record as they are trained on: rewritten by the defenses; "" where there is none.
+
+    Raises:
+        UserError: no training record has a caption.
+    """
+    rows = trained_rows(dataset)
+    if config.data.caption_key is None or not any(dataset.records[row].caption for row in rows):
+        key = config.data.caption_key
+        what = "is null, and a text-to-image model is trained on captions" if key is None else f"{key}: no caption there"
+        raise UserError("data.caption_key", what, "name the column of the captions")
+    captions = [record.caption or "" for record in dataset.records]
+    more = [list(record.more_captions) for record in dataset.records]
+    for defense in defenses:
+        flat = defense.rewrite([*captions, *(text for texts in more for text in texts)])
+        captions, rest = flat[: len(captions)], iter(flat[len(captions) :])
+        more = [[next(rest) for _ in texts] for texts in more]
+    return captions, more
+
+
+def texts_of(
+    config: SimpleNamespace,
+    dataset: Dataset,
+    directory: RunDirectory,
+    defenses: list[Defense],
+    model: nn.Module,
+    accelerator: Accelerator,
+) -> Texts:
+    """Captions, and the caches where they are of use."""
+    if not families.of(config.model).captioned:
+        return Texts()
+    captions, more = captions_of(config, dataset, defenses)
+    found = Texts(captions, more)
+    if not config.model.cache:
+        return found
+    rows, folder, precision = trained_rows(dataset), directory.path / CACHE, config.train.precision
+    if not changes_images(defenses, dataset):
+        stamps = [record.pixel_hash for record in dataset.records]
+        found.moments = cached_moments(model, dataset.images, rows, stamps, folder, precision, accelerator)
+    if not model.trains_text:
+        known = {"", *(captions[row] for row in rows), *(text for row in rows for text in more[row])}
+        found.encode = cached_conditions(model, sorted(known), folder, precision, accelerator)
+    return found
+
+
+def changes_images(defenses: list[Defense], dataset: Dataset) -> bool:
+    """Whether a defense changes pictures at seam 2, tried on a black one: latents of unchanged pictures would be of no use."""
+    images = torch.zeros(1, *dataset.images.shape[1:])
+    batch = Batch(images, np.zeros(1, np.int64), None, RecordRandom(0, 0, [0], [0]), captions=[""], more_captions=[[]])
+    for defense in defenses:
+        batch = defense.change_batch(batch)
+    return batch.images is not images or images._version > 0
+
+
+def preview_prompts(
+    config: SimpleNamespace, dataset: Dataset, defenses: list[Defense]
+) -> Callable[[Sequence[int]], list[str]] | None:
+    """Sample indices -> prompts of previews and of what defenses look at: a training caption for each, a function of (run.seed,
+    index). In a private run the empty prompt."""
+    if not families.of(config.model).captioned:
+        return None
+    if any(defense.private for defense in defenses) and not config.report.nonprivate_metrics:
+        return lambda indices: [""] * len(indices)
+    captions, _ = captions_of(config, dataset, defenses)
+    known = sorted({captions[row] for row in trained_rows(dataset)})
+    return lambda indices: [known[derive(config.run.seed, "preview prompt", int(i)) % len(known)] for i in indices]
+
+
+def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prompts: Callable | None) -> None:
+    """What the previews are drawn with, so that whoever has the model can draw them again."""
+    if prompts is not None:
+        settings = {"sampler": "ddim", "steps": min(25, config.train.diffusion.timesteps), "seed": config.run.seed}
+        settings["guidance_scale"] = config.generate.guidance_scale
+        write_json(directory.samples / PREVIEWS, settings | {"prompts": prompts(range(config.train.preview_count))})
