@@ -1,0 +1,208 @@
+"""What lies in a text-to-image pipeline's folder, found out before any of it is loaded: JSON and names of files alone."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from safetensors import safe_open
+
+from defenses.errors import UserError
+
+KEY = "model.pretrained"
+INDEX = "model_index.json"
+KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+SCHEDULERS = tuple(KarrasDiffusionSchedulers.__members__)  # those with a schedule of betas
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# part -> library and classes; of XL in addition to those of Stable Diffusion 1 and 2
+PARTS = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "scheduler": ("diffusers", SCHEDULERS),
+    "tokenizer": ("transformers", TOKENIZERS),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+}
+XL_PARTS = {
+    "tokenizer_2": ("transformers", TOKENIZERS),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+}
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # neither trained nor released
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# start of a class name -> why it is refused, and what to do; the first that fits
+REFUSED = (
+    ("GANPipeline", "a GAN, which does not start from released weights", "set model.family=gan model.pretrained=null"),
+    (("DDIMPipeline", "DDPMPipeline"), "a pixel-space pipeline, without text", "set model.family=pixel"),
+    (("StableDiffusion3", "Flux"), "a flow-matching transformer, not offered yet", "give Stable Diffusion 1, 2 or XL"),
+)
+TASKS = {
+    "Inpaint": "inpainting",
+    "Img2Img": "image-to-image",
+    "Upscale": "upscaling",
+    "ControlNet": "controlled generation",
+    "InstructPix2Pix": "editing",
+    "Depth2Img": "image-to-image with depth",
+}
+
+
+@dataclass
+class Layout:
+    """A folder that was looked through.
+
+    Attributes:
+        classes: part -> name of its class.
+        variants: part with weights -> variant of its file names, such as ``fp16``; None: plain names.
+        force_zeros_for_empty_prompt: of XL: an empty negative prompt is embedded as zeros.
+    """
+
+    kind: str
+    classes: dict[str, str]
+    variants: dict[str, str | None]
+    force_zeros_for_empty_prompt: bool
+
+
+def refuse(
+    source: str, problem: str, remedy: str = "give a complete diffusers pipeline of Stable Diffusion 1, 2 or XL"
+):
+    return UserError(KEY, f"{source}: {problem}", remedy)
+
+
+def examine(folder: Path, source: str) -> Layout:
+    """Checks the whole folder; opens JSON files and the headers of safetensors files, nothing else.
+
+    Args:
+        source: how the pipeline is called in errors.
+
+    Raises:
+        UserError: it is not a text-to-image pipeline of a known class, or a part is missing, of another class, has weights as
+            pickles alone or damaged ones, or does not fit the others.
+    """
+    index = read_json(folder / INDEX, source)
+    kind, classes = read_index(index, source)
+    variants = {}
+    for part in STEMS.keys() & classes.keys():
+        names = [path.name for path in folder.joinpath(part).iterdir()] if folder.joinpath(part).is_dir() else []
+        variants[part] = choose_variant(part, names, source)
+        _check_files(folder / part, part, variants[part], source)
+    force_zeros = index.get("force_zeros_for_empty_prompt", True) is not False
+    return Layout(kind, classes, variants, force_zeros)
+
+
+def read_json(path: Path, source: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = f"{path.parent.name}/{path.name}" if path.name != INDEX else INDEX
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise refuse(source, f"{name} is missing or unreadable") from error
+    except ValueError as error:
+        raise refuse(source, f"{name} is not JSON") from error
+    if not isinstance(found, dict):
+        raise refuse(source, f"{name} is not a JSON object")
+    return found
+
+
+def read_index(index: dict[str, Any], source: str) -> tuple[str, dict[str, str]]:
+    """Kind of pipeline, and the class of each part."""
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in KINDS:
+        raise _unknown_class(name, source)
+    kind = KINDS[name]
+    wanted = PARTS | XL_PARTS if kind == "sdxl" else PARTS
+    classes = {}
+    for part, (library, known) in wanted.items():
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:
+            raise refuse(source, f"has no {part}")
+        if entry[0] != library or entry[1] not in known:
+            several = f"one of the {library} schedulers with betas" if part == "scheduler" else f"{library}.{known[0]}"
+            raise refuse(source, f"its {part} is {entry[0]}.{entry[1]}, not {several}", "custom code is never run")
+        classes[part] = entry[1]
+    for part, entry in index.items():
+        if part not in wanted and part not in LEFT_OUT and isinstance(entry, list) and entry != [None, None]:
+            raise refuse(source, f"has a further part {part}, which {name} does not have", "custom code is never run")
+    return kind, classes
+
+
+def _unknown_class(name: Any, source: str) -> UserError:
+    if not isinstance(name, str):
+        return refuse(source, f"its {INDEX} names no class of diffusers", "custom code is never run")
+    for starts, what, remedy in REFUSED:
+        if name.startswith(starts):
+            return refuse(source, f"is a {name}: {what}", remedy)
+    for task, what in TASKS.items():
+        if task in name:
+            return refuse(source, f"is a {name}, for {what}", "give the text-to-image pipeline of that model")
+    return refuse(source, f"is a {name}", f"known are {', '.join(KINDS)}")
+
+
+def choose_variant(part: str, names: Iterable[str], source: str) -> str | None:
+    """Variant of the weights to load: plain names first, else ``fp16``, else the only one there is.
+
+    Args:
+        names: files of the part's folder.
+
+    Raises:
+        UserError: no safetensors, or several variants.
+    """
+    names = list(names)
+    stem = STEMS[part]
+    pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json"
+    found = {match[1] or match[2] for name in names if (match := re.fullmatch(pattern, name))}
+    if None in found:
+        return None
+    if "fp16" in found or len(found) == 1:
+        return "fp16" if "fp16" in found else found.pop()
+    if found:
+        raise refuse(source, f"{part} has weights of the variants {', '.join(sorted(found))}", "keep one of them")
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
+        raise refuse(
+            source,
+            f"{part} holds its weights as a pickle alone ({pickles[0]}), which can run code and is not opened",
+            "convert it where you trust it: from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)",
+        )
+    raise refuse(source, f"{part} holds no {stem}.safetensors")
+
+
+def weight_patterns(part: str, variant: str | None) -> list[str]:
+    """Shell-style patterns of the files that hold these weights, whole or in shards."""
+    dot = f".{variant}" if variant else ""
+    stem = f"{part}/{STEMS[part]}"
+    return [f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json", f"{stem}-*-of-*{dot}.safetensors"]
+
+
+def _check_files(folder: Path, part: str, variant: str | None, source: str) -> None:
+    """Every file of the weights exists and has a sound header; no index leads to a pickle or out of the folder."""
+    dot = f".{variant}" if variant else ""
+    whole, index = folder / f"{STEMS[part]}{dot}.safetensors", folder / f"{STEMS[part]}.safetensors.index{dot}.json"
+    files = {whole.name} if whole.exists() else set()
+    if index.exists():
+        shards = read_json(index, source).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else {None}
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise refuse(source, f"{part}/{index.name} names files other than safetensors beside it")
+        files |= names
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except Exception as error:  # SafetensorError is no subclass of OSError or ValueError
+            raise refuse(source, f"{part}/{name} is damaged or missing: {one_line(error)}", "copy it again") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text, or its type."""
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
