@@ -285,6 +285,7 @@ class Defense(ABC):
     private = False
     after_training = False
     remembers = False
+    needs_captions = False
     wants: tuple[str, ...] = ()
 
     def select(self, pool: Pool) -> list[Removal]:

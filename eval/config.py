@@ -17,6 +17,7 @@ from eval.membership import check as check_membership
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from eval.sscd import load_sscd
+from train import families
 from train.diffusion import native_precision
 from train.sampling import SamplerConfig
 
@@ -74,8 +75,12 @@ def check(config: SimpleNamespace) -> None:
     foreign = getattr(config, "pipeline", None) or getattr(config, "generations", None)
     extraction = config.attack.extraction
     if extraction is not None and foreign is None:
-        check_tier(extraction, config.generate.count)
-        if extraction.protocol == "prompted":
+        captioned = families.of(config.model).captioned
+        if captioned and config.generate.prompts is None:
+            check_tier(extraction, 0, config.generate.max_prompts, config.generate.per_prompt)
+        elif not captioned:
+            check_tier(extraction, config.generate.count)
+        if extraction.protocol == "prompted" and not captioned:
             raise UserError(
                 "attack.extraction.protocol", "prompted needs a text-to-image model", "use auto or untargeted"
             )

@@ -37,6 +37,7 @@ from train.stage import (
     sampling_frequency,
     write_sidecar,
 )
+from train.textstage import preview_prompts
 
 
 def added(directory: RunDirectory, config: SimpleNamespace, defenses: list[Defense]) -> list[Defense]:
@@ -133,10 +134,11 @@ def view_of(
     model = model.to(device, memory_format=memory_format(device))
     schedule = noise_schedule(config.train.diffusion)
     frequency = sampling_frequency(config, dataset, everyone, facts["classes"])
+    prompts = preview_prompts(config, dataset, everyone)
 
     @torch.no_grad()
     def draw(indices: Sequence[int]) -> torch.Tensor:
-        return sample_on_all_ranks(config, model, schedule, frequency, indices, accelerator)
+        return sample_on_all_ranks(config, model, schedule, frequency, indices, accelerator, prompts)
 
     pool, control = pool_of(dataset, config.run.seed), dataset.rows("calibration")
     return CheckpointView(step, draw, pool, control, facts["images_seen"])

@@ -18,6 +18,7 @@ from defenses.errors import UserError
 from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
 from eval.generations import file_of, pixels, save, withheld
+from eval.textsource import TextSampler, is_text_to_image, load_model, side_of
 from train.data import Dataset
 from train.files import write_csv
 from train.gan import PIPELINE as GAN_PIPELINE
@@ -58,6 +59,8 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
         raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
     if json.loads((folder / "model_index.json").read_text()).get("_class_name") == GAN_PIPELINE:
         return _gan_source(folder, config, seed, shape, device)
+    if is_text_to_image(folder):
+        return _text_source(folder, config, seed, shape, device)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:
@@ -112,6 +115,32 @@ def _gan_source(
 
     sampler = {"name": "gan", "steps": 1, "precision": config.precision}
     return Source("untargeted", draw, _frequency(known, classes), facts, sampler)
+
+
+def _text_source(
+    folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device
+) -> Source:
+    """Stable Diffusion 1.x, 2.x, XL."""
+    model, known = load_model(folder, device), _sidecar(folder)
+    parts = (model.unet, model.vae, *model.parts.text_encoders)
+    facts = {"family": type(model).__name__, "parameters": sum(parameter_count(part) for part in parts)}
+    facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}
+    sampler = TextSampler(model, config, config.precision, seed, side_of(model, known), shape[0])
+
+    def draw(indices: Sequence[int], prompts: Sequence[str] | None) -> torch.Tensor:
+        return _fit(sampler(indices, prompts), shape)
+
+    return Source("prompted", draw, np.zeros(0, dtype=np.int64), facts, text_sampler_of(config))
+
+
+def text_sampler_of(config: GenerateConfig) -> dict[str, Any]:
+    """How images of a text-to-image model are drawn, as in the report."""
+    return {
+        "name": config.sampler,
+        "steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "precision": config.precision,
+    }
 
 
 def _sidecar(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from defenses import registry
 from eval.wording import duration
 from launch.plan import Job, Plan, shown
-from train import cli, families
+from train import cli, families, textstage
 from train.data import prepare
 from train.diffusion import noise_schedule
 from train.dryrun import disk_bytes, gib
@@ -91,6 +91,7 @@ def measure(job: Job, accelerator: Accelerator) -> Cost:
         dataset = prepare(config.data, directory.prepared, accelerator)
         defenses = registry.build(config.defenses)
         select_records(config, dataset, defenses, accelerator)
+        textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=False)
         trainer = build_trainer(
             config, dataset, directory, accelerator, defenses, class_names(dataset, config.data.label_key)
         )
@@ -116,11 +117,13 @@ def forward_seconds(trainer: Trainer, config: SimpleNamespace) -> float:
     model = family.released(trainer.state.model)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     labels = torch.zeros(count, dtype=torch.int64) if config.data.label_key else None
+    prompts = [""] * count if family.captioned else None
     options = replace(config.generate, steps=steps)
 
     def draw() -> None:
+        conditions = {"labels": labels, "prompts": prompts}
         family.sample(
-            model, schedule, options, range(count), shape, seed=0, labels=labels, precision=config.generate.precision
+            model, schedule, options, range(count), shape, seed=0, precision=config.generate.precision, **conditions
         )
 
     draw()

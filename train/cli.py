@@ -123,10 +123,12 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from defenses.errors import UserError
 
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     folder = ProjectConfiguration(project_dir=str(project), logging_dir=str(project / "trackers")) if project else None
     try:
         accelerator = Accelerator(

@@ -14,7 +14,7 @@ from torch import nn
 
 from defenses import registry
 from defenses.ranks import on_main
-from train import families
+from train import families, textstage
 from train.data import Dataset, prepare
 from train.diffusion import autocast
 from train.loop import Trainer
@@ -40,6 +40,7 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
         select_records(config, dataset, defenses, accelerator)
         describe_data(say, dataset)
         names = class_names(dataset, config.data.label_key)
+        textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=False)
         trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
         describe_training(say, config, trainer, dataset, len(names), accelerator)
         accelerator.wait_for_everyone()
@@ -80,7 +81,7 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
-    for line in families.of(config.model).notes:
+    for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
     batch = next(iter(batches), None)
@@ -91,6 +92,11 @@ def describe_training(
     say(
         f"micro-batch {tuple(images.shape)} {images.dtype}, values {images.min():.3f} to {images.max():.3f}, x {len(batches)} per process"
     )
+    if batch.latents is not None:
+        say(
+            f"latents {tuple(batch.latents.shape)}, values {batch.latents.min():.3f} to {batch.latents.max():.3f}, "
+            + (f"tokens {tuple(batch.tokens.shape)}" if batch.text is None else f"text {tuple(batch.text.shape)}")
+        )
     if batch.labels is not None:
         say(f"labels {tuple(batch.labels.shape)}, classes {classes}")
     for defense in trainer.defenses:

@@ -38,7 +38,8 @@ class LatentModel(nn.Module):
             module.requires_grad_(False).eval()
         # a tuple: nn.Module registers modules and lists of parameters, not what lies in a plain tuple
         self.beside, self.parts = tuple(frozen), parts
-        self.conditioner = Conditioner(parts.tokenizers, parts.text_encoders, parts.zero_for_empty)
+        zeros = parts.kind == "sdxl" and parts.force_zeros_for_empty_prompt
+        self.conditioner = Conditioner(parts.tokenizers, parts.text_encoders, zeros)
 
     @property
     def vae(self) -> nn.Module:

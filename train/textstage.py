@@ -18,7 +18,7 @@ from defenses import registry
 from defenses.base import Batch, Defense
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, derive
-from train import families, scratch
+from train import families
 from train.cache import cached_conditions, cached_moments
 from train.conditioner import Condition
 from train.data import Dataset
@@ -85,6 +85,8 @@ def prepare_base(
     base = base_of(config, directory.path)
     if base is None:
         return
+    from train import scratch
+
     private = registry.private(config.defenses)
     if private:
         raise UserError(
@@ -184,3 +186,14 @@ def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prom
         settings = {"sampler": "ddim", "steps": min(25, config.train.diffusion.timesteps), "seed": config.run.seed}
         settings["guidance_scale"] = config.generate.guidance_scale
         write_json(directory.samples / PREVIEWS, settings | {"prompts": prompts(range(config.train.preview_count))})
+
+
+def notes(config: SimpleNamespace, model: nn.Module) -> list[str]:
+    """Lines of the dry run about a text-to-image model."""
+    if not families.of(config.model).captioned:
+        return []
+    beside = sum(parameter.numel() for module in model.beside for parameter in module.parameters())
+    lines = [f"beside it frozen: {beside} parameters ({', '.join(type(module).__name__ for module in model.beside)})"]
+    if config.model.pretrained is None:
+        lines.append("from scratch: tokenizer and autoencoder are made from the training records before the first step")
+    return lines

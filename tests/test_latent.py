@@ -1,0 +1,266 @@
+"""Text-to-image training on tiny pipelines of the Stable Diffusion layouts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
+
+from defenses.base import Batch
+from defenses.errors import UserError
+from defenses.seeding import RecordRandom
+from tests.pipelines import stable_diffusion, stable_diffusion_xl
+from tests.small import opened
+from train.latent import LatentModel
+from train.pipelines import load
+from train.stage import build_trainer, train_model
+from train.textobjective import TextObjective
+from train.textsampling import sample, start_noise
+
+SD = [
+    "model.family=latent",
+    "data.channels=3",
+    "data.caption_key=caption",
+    "train.diffusion.prediction=epsilon",
+    "train.diffusion.noise_schedule=scaled_linear",
+    "train.diffusion.beta_start=0.0001",
+    "train.diffusion.beta_end=0.02",
+    "train.preview_every=3",
+    "train.preview_count=3",
+    "generate.max_prompts=2",
+    "generate.per_prompt=4",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    torch.manual_seed(0)
+    stable_diffusion(root / "sd")
+    stable_diffusion_xl(root / "sdxl")
+    return {"sd": root / "sd", "sdxl": root / "sdxl"}
+
+
+def run(folder: Path, base: Path, *overrides: str):
+    arguments = opened(folder, *SD, f"model.pretrained={base}", *overrides)
+    config, dataset, directory, defenses, accelerator = arguments
+    facts = train_model(config, dataset, directory, defenses, accelerator)
+    return facts, directory, arguments
+
+
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / part).glob("*.safetensors")))
+
+
+def moved(before: Path, after: Path, part: str) -> set[str]:
+    old, new = weights(before, part), weights(after, part)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_full_training_moves_the_network_and_nothing_else(folders, tmp_path, kind):
+    facts, directory, _ = run(tmp_path, folders[kind])
+    assert facts["steps"] == 7
+    assert len(moved(folders[kind], directory.model, "unet")) > 50
+    for part in ("vae", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])):
+        assert not moved(folders[kind], directory.model, part)
+    DiffusionPipeline.from_pretrained(directory.model)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_option_at_once(folders, tmp_path, kind, precision):
+    options = [
+        "model.train_text_encoder=true", "train.gradient_checkpointing=true", "train.diffusion.offset_noise=0.1",
+        "train.diffusion.snr_gamma=5.0", f"train.precision={precision}", "train.ema_decay=0.5", "train.accumulation=2",
+    ]  # fmt: skip
+    _, directory, _ = run(tmp_path, folders[kind], *options)
+    assert moved(folders[kind], directory.model, "unet") and moved(folders[kind], directory.model, "text_encoder")
+    assert not moved(folders[kind], directory.model, "vae")
+
+
+def test_cross_attention_alone(folders, tmp_path):
+    _, directory, _ = run(tmp_path, folders["sd"], "model.trainable=['*attn2*']")
+    changed = moved(folders["sd"], directory.model, "unet")
+    assert changed and all("attn2" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("text", ["true", "false"])
+def test_lora_reproduces_the_merged_pipeline_and_the_previews(folders, tmp_path, kind, text):
+    options = ["model.adapter.rank=2", "model.adapter.alpha=6", "train.learning_rate=0.1", f"model.train_text_encoder={text}"]
+    _, directory, _ = run(tmp_path, folders[kind], *options)
+    assert not [path for path in (directory.checkpoints / "step-7").iterdir() if path.stat().st_size > 400_000]
+    whole = DiffusionPipeline.from_pretrained(directory.model)
+    added = DiffusionPipeline.from_pretrained(folders[kind])
+    added.load_lora_weights(directory.model / "lora")
+    told = json.loads((directory.samples / "prompts.json").read_text())
+    shape, drawn = (4, 8, 8), []
+    for pipeline in (whole, added):
+        pipeline.set_progress_bar_config(disable=True)
+        noise = torch.stack([start_noise(told["seed"], prompt, i, shape) for i, prompt in enumerate(told["prompts"])])
+        drawn.append(pipeline(told["prompts"], latents=noise, num_inference_steps=3, output_type="np").images)
+    plain = DiffusionPipeline.from_pretrained(folders[kind])
+    plain.set_progress_bar_config(disable=True)
+    base = plain(told["prompts"], latents=noise, num_inference_steps=3, output_type="np").images
+    assert np.abs(drawn[0] - drawn[1]).max() < 2e-3 < np.abs(drawn[0] - base).max()
+
+
+def test_our_sampler_equals_the_pipeline(folders):
+    from train.sampling import SamplerConfig
+
+    for kind, folder in folders.items():
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        from diffusers import DDIMScheduler
+
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        prompts = ["a chest", "left lung", "a chest"]
+        noise = torch.stack([start_noise(3, prompt, i, (4, 8, 8)) for i, prompt in enumerate(prompts)])
+        theirs = pipeline(prompts, latents=noise, num_inference_steps=5, guidance_scale=4.0, output_type="np").images
+        config = SamplerConfig(steps=5, guidance_scale=4.0)
+        ours = sample(LatentModel(load(folder)), config, range(3), (3, 16, 16), seed=3, prompts=prompts)
+        assert np.abs(theirs.transpose(0, 3, 1, 2) - ours.numpy()).max() < 1e-5, kind
+
+
+def test_caches_change_nothing_and_are_used(folders, tmp_path, monkeypatch):
+    losses = {}
+    for cache in ("true", "false"):
+        _, directory, _ = run(tmp_path / cache, folders["sd"], f"model.cache={cache}", "train.heldout_every=0")
+        lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+        losses[cache] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
+    made = sorted((tmp_path / "true" / "quickstart" / "cache").iterdir())
+    assert [path.name.split("-")[0] for path in made] == ["latents", "text"]
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path / "true", *SD, f"model.pretrained={folders['sd']}", "model.cache=true", "train.heldout_every=0"
+    )
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [])
+    calls = []
+    monkeypatch.setattr(LatentModel, "moments", lambda *arguments: calls.append("pictures"))
+    monkeypatch.setattr(type(trainer.state.model.conditioner), "encode", lambda *arguments: calls.append("captions"))
+    for batch in trainer.microbatches(trainer.plan.batch(0)):
+        assert batch.latents is not None and batch.text is not None
+    assert not calls
+
+
+def test_augmented_pictures_are_encoded_anew(folders, tmp_path):
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path, *SD, f"model.pretrained={folders['sd']}", "defenses.augment={}"
+    )
+    build_trainer(config, dataset, directory, accelerator, defenses, [])
+    assert not [path for path in (directory.path / "cache").iterdir() if path.name.startswith("latents")]
+
+
+def objective_of(folder: Path, prediction: str, **options) -> TextObjective:
+    from train.diffusion import DiffusionConfig, noise_schedule
+
+    config = DiffusionConfig(prediction=prediction, noise_schedule="scaled_linear", snr_gamma=None)
+    model = LatentModel(load(folder))
+    return TextObjective(model, config, noise_schedule(config), **{"caption_dropout": 0.0, "precision": "fp32"} | options)
+
+
+def batch_of(count: int = 3, **fields) -> Batch:
+    random = RecordRandom(0, 0, range(count), [0] * count)
+    images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return Batch(images, np.arange(count), None, random, captions=["a chest", "left lung", "x ray"][:count], **fields)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_loss_against_diffusers_by_hand(folders, prediction):
+    objective = objective_of(folders["sd"], prediction)
+    batch = objective.draw(batch_of())
+    pipeline = DiffusionPipeline.from_pretrained(folders["sd"])
+    with torch.no_grad():
+        distribution = pipeline.vae.encode(batch_of().images).latent_dist
+        noise = batch_of().random.normal("latent", 4, 8, 8)
+        latents = (distribution.mean + distribution.std * noise) * pipeline.vae.config.scaling_factor
+        assert torch.allclose(batch.latents, latents, atol=1e-6)
+        ids = pipeline.tokenizer(batch.captions, padding="max_length", return_tensors="pt").input_ids
+        text = pipeline.text_encoder(ids)[0]
+        schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
+        output = pipeline.unet(noisy, batch.timesteps, encoder_hidden_states=text)[0]
+        target = batch.noise if prediction == "epsilon" else schedule.get_velocity(latents, batch.noise, batch.timesteps)
+        expected = (output - target).square().mean(dim=(1, 2, 3))
+        assert torch.allclose(objective.loss(objective.model, batch), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_text_magnitude_is_the_norm_of_the_difference_in_noise(folders, prediction):
+    objective = objective_of(folders["sd"], prediction, wants=["text_magnitude"])
+    batch = objective.draw(batch_of())
+    with torch.no_grad():
+        objective.loss(objective.model, batch)
+        noisy = objective.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        outputs = []
+        for captions in (batch.captions, [""] * 3):
+            text = objective.model.conditioner.encode(captions).text
+            output = objective.model.unet(noisy, batch.timesteps, encoder_hidden_states=text)[0]
+            if prediction == "v_prediction":
+                signal = objective.schedule.alphas_cumprod[batch.timesteps][:, None, None, None]
+                output = signal.sqrt() * output + (1 - signal).sqrt() * noisy
+            outputs.append(output)
+    expected = (outputs[0] - outputs[1]).square().sum(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose(batch.told["text_magnitude"], expected, rtol=1e-3)
+    assert (expected > 0).all()
+
+
+def test_text_noise_has_the_stated_size(folders):
+    objective = objective_of(folders["sd"], "epsilon")
+    plain = objective.draw(batch_of())
+    noisy = objective.draw(batch_of(text_noise=torch.tensor([0.0, 1.0, 2.0])))
+    ratio = (noisy.text - plain.text).flatten(1).std(1) / plain.text.flatten(1).std(1)
+    assert ratio[0] == 0 and ratio[1:].tolist() == pytest.approx([1.0, 2.0], rel=0.12)  # 256 numbers each
+
+
+def test_caption_dropout_is_the_stated_share(folders):
+    objective = objective_of(folders["sd"], "epsilon", caption_dropout=0.3)
+    count = 600
+    random = RecordRandom(0, 0, range(count), [0] * count)
+    batch = Batch(
+        torch.zeros(count, 3, 16, 16), np.arange(count), None, random, captions=["a chest"] * count,
+        moments=torch.zeros(count, 8, 8, 8),
+    )  # fmt: skip
+    drawn = objective.draw(batch)
+    empty = (drawn.text == objective.model.conditioner.empty().text).flatten(1).all(1)
+    assert 0.24 < empty.float().mean() < 0.36  # 3.2 standard deviations
+    assert [not caption for caption in drawn.captions] == empty.tolist()
+
+
+def test_another_schedule_is_refused_with_all_that_differs(folders, tmp_path):
+    with pytest.raises(UserError, match="prediction=epsilon.*noise_schedule=scaled_linear") as caught:
+        run(tmp_path, folders["sd"], "train.diffusion.prediction=v_prediction", "train.diffusion.noise_schedule=linear")
+    assert caught.value.key == "train.diffusion.prediction"
+
+
+def test_captions_must_be_there(folders, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, folders["sd"], "data.caption_key=null")
+    assert caught.value.key == "data.caption_key"
+
+
+def test_resume_with_another_base_is_refused(folders, tmp_path):
+    from train.loop import Interrupted, Trainer
+
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path, *SD, f"model.pretrained={folders['sd']}", "model.adapter.rank=2"
+    )
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [])
+    trainer.state.step = 3
+    trainer.save()
+    torch.manual_seed(5)
+    stable_diffusion(tmp_path / "other")
+    config.model = replace(config.model, pretrained=str(tmp_path / "other"))
+    other = build_trainer(config, dataset, directory, accelerator, defenses, [])
+    with pytest.raises(UserError) as caught:
+        other.resume(directory.checkpoints / "step-3")
+    assert caught.value.key == "model.pretrained"
+    assert Interrupted and Trainer
