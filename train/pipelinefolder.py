@@ -11,11 +11,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from safetensors import safe_open
 
 from defenses.errors import UserError
+from train.pipelinefit import check_fit, one_line, refuse
 
-KEY = "model.pretrained"
 INDEX = "model_index.json"
 KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-SCHEDULERS = tuple(KarrasDiffusionSchedulers.__members__)  # those with a schedule of betas
+# those with a schedule of betas
+SCHEDULERS = tuple(name for name in KarrasDiffusionSchedulers.__members__ if name != "EDMEulerScheduler")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 # part -> library and classes; of XL in addition to those of Stable Diffusion 1 and 2
 PARTS = {
@@ -59,20 +60,16 @@ class Layout:
 
     Attributes:
         classes: part -> name of its class.
+        configs: part -> its JSON file, for all but the tokenizers.
         variants: part with weights -> variant of its file names, such as ``fp16``; None: plain names.
         force_zeros_for_empty_prompt: of XL: an empty negative prompt is embedded as zeros.
     """
 
     kind: str
     classes: dict[str, str]
+    configs: dict[str, dict[str, Any]]
     variants: dict[str, str | None]
     force_zeros_for_empty_prompt: bool
-
-
-def refuse(
-    source: str, problem: str, remedy: str = "give a complete diffusers pipeline of Stable Diffusion 1, 2 or XL"
-):
-    return UserError(KEY, f"{source}: {problem}", remedy)
 
 
 def examine(folder: Path, source: str) -> Layout:
@@ -85,15 +82,34 @@ def examine(folder: Path, source: str) -> Layout:
         UserError: it is not a text-to-image pipeline of a known class, or a part is missing, of another class, has weights as
             pickles alone or damaged ones, or does not fit the others.
     """
+    layout = examine_settings(folder, source)
+    for part in layout.classes:
+        if part in STEMS:
+            layout.variants[part] = choose_variant(part, file_names(folder / part), source)
+            _check_weights(folder / part, part, layout.variants[part], source)
+    return layout
+
+
+def examine_settings(folder: Path, source: str) -> Layout:
+    """The checks that need no weights."""
     index = read_json(folder / INDEX, source)
     kind, classes = read_index(index, source)
-    variants = {}
-    for part in STEMS.keys() & classes.keys():
-        names = [path.name for path in folder.joinpath(part).iterdir()] if folder.joinpath(part).is_dir() else []
-        variants[part] = choose_variant(part, names, source)
-        _check_files(folder / part, part, variants[part], source)
-    force_zeros = index.get("force_zeros_for_empty_prompt", True) is not False
-    return Layout(kind, classes, variants, force_zeros)
+    configs = {}
+    for part in classes:
+        if part.startswith("tokenizer"):
+            names = file_names(folder / part)
+            if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+                raise refuse(source, f"{part} holds neither tokenizer.json nor vocab.json and merges.txt")
+        else:
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            configs[part] = read_json(folder / part / name, source)
+    check_fit(kind, classes, configs, source)
+    return Layout(kind, classes, configs, {}, index.get("force_zeros_for_empty_prompt", True) is not False)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Names of the files in a folder; none where there is no folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
@@ -184,8 +200,12 @@ def weight_patterns(part: str, variant: str | None) -> list[str]:
     return [f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json", f"{stem}-*-of-*{dot}.safetensors"]
 
 
-def _check_files(folder: Path, part: str, variant: str | None, source: str) -> None:
+def _check_weights(folder: Path, part: str, variant: str | None, source: str) -> None:
     """Every file of the weights exists and has a sound header; no index leads to a pickle or out of the folder."""
+    if (folder / "adapter_config.json").exists():  # transformers would load what it names
+        raise refuse(
+            source, f"{part} holds a PEFT adapter beside its weights", "merge it, or remove adapter_config.json"
+        )
     dot = f".{variant}" if variant else ""
     whole, index = folder / f"{STEMS[part]}{dot}.safetensors", folder / f"{STEMS[part]}.safetensors.index{dot}.json"
     files = {whole.name} if whole.exists() else set()
@@ -201,8 +221,3 @@ def _check_files(folder: Path, part: str, variant: str | None, source: str) -> N
                 pass
         except Exception as error:  # SafetensorError is no subclass of OSError or ValueError
             raise refuse(source, f"{part}/{name} is damaged or missing: {one_line(error)}", "copy it again") from error
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's text, or its type."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,20 +1,34 @@
 """Stable Diffusion 1.x, 2.x and XL pipelines: loaded from a folder or the hub, checked, and saved in diffusers' format."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from defenses.errors import UserError
-from train import adapters, pipelinefolder
-from train.pipelinefolder import one_line, refuse
+from train import adapters, hub, pipelinefolder
+from train.models import parameter_count
+from train.pipelinefit import one_line, refuse, text_config
+from train.pipelinefolder import Layout
 
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+TEXT_PREFIX = "text_model."  # of a CLIPTextModel's weights in files
 
 
 @dataclass
@@ -38,65 +52,106 @@ class Parts:
     source: str
     force_zeros_for_empty_prompt: bool = True
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """unet, vae and the text encoders, under their names in the folder."""
+        return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents that the unet is made for."""
+        size = self.unet.config.sample_size
+        side = size if isinstance(size, int) else size[0]
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that belong to these latents, in pixels."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
 
 def load(source: str | Path, revision: str | None = None) -> Parts:
-    """Loads in float32, in evaluation mode, all parameters with ``requires_grad``.
+    """Loads in float32, in evaluation mode, with gradients on for all parameters. Nothing is changed in ``source``.
 
     Args:
         source: folder of a pipeline, or a hub id.
-        revision: full commit hash of the hub id.
+        revision: full commit hash of the hub id; None for a folder.
 
     Raises:
-        UserError: see `pipelinefolder.examine`; a hub id without a full commit hash, or that cannot be reached.
+        UserError: see `pipelinefolder.examine` and `hub.fetch`; weights or tokenizers that do not fit.
     """
-    source = str(source)
-    folder = Path(source)
+    source, folder = str(source), Path(source)
+    if not folder.is_dir():
+        folder = hub.fetch(source, revision)
+    elif revision is not None:
+        raise UserError("model.revision", f"is for hub ids, {source} is a folder", "set it to null")
     layout = pipelinefolder.examine(folder, source)
     try:
         parts = _load_parts(folder, layout, source)
+        _check_tokenizers(parts)
+        DDPMScheduler.from_config(parts.scheduler.config)  # what the trainer makes of it
+        assemble(parts)  # diffusers corrects outdated settings of old schedulers here: do so once, before they are used
     except UserError:
         raise
     except Exception as error:
-        raise refuse(source, one_line(error)) from error
-    assemble(parts)
+        raise refuse(source, f"cannot be loaded: {one_line(error)}") from error
     return parts
 
 
-def _load_parts(folder: Path, layout: pipelinefolder.Layout, source: str) -> Parts:
-    encoders = [name for name in TEXT_ENCODERS if name in layout.classes]
-    schedulers = getattr(diffusers, layout.classes["scheduler"])
+def _load_parts(folder: Path, layout: Layout, source: str) -> Parts:
+    encoders = [part for part in TEXT_ENCODERS if part in layout.classes]
     return Parts(
         kind=layout.kind,
-        vae=_load_module(AutoencoderKL, folder, "vae", layout, source),
-        unet=_load_module(UNet2DConditionModel, folder, "unet", layout, source),
+        vae=_load_network("vae", AutoencoderKL, folder, layout, source),
+        unet=_load_network("unet", UNet2DConditionModel, folder, layout, source),
         tokenizers=[
-            CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"), local_files_only=True)
-            for name in encoders
+            CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+            for part in TOKENIZERS
+            if part in layout.classes
         ],
-        text_encoders=[_load_module(TEXT_ENCODERS[name], folder, name, layout, source) for name in encoders],
-        scheduler=schedulers.from_pretrained(folder / "scheduler", local_files_only=True),
+        text_encoders=[_load_network(part, TEXT_ENCODERS[part], folder, layout, source) for part in encoders],
+        scheduler=getattr(diffusers, layout.classes["scheduler"]).from_pretrained(
+            folder / "scheduler", local_files_only=True
+        ),
         source=source,
         force_zeros_for_empty_prompt=layout.force_zeros_for_empty_prompt,
     )
 
 
-def _load_module(cls: type, folder: Path, part: str, layout: pipelinefolder.Layout, source: str) -> nn.Module:
-    """One network with all its weights: what is missing in the file would be random."""
+def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: str) -> nn.Module:
+    """One network with exactly the weights of its configuration: what a file lacks would stay random."""
     options: dict[str, Any] = {"variant": layout.variants[part], "use_safetensors": True, "local_files_only": True}
-    options |= {"low_cpu_mem_usage": False, "torch_dtype": torch.float32} if part in ("unet", "vae") else {}
-    options |= {"attn_implementation": "sdpa", "dtype": torch.float32} if part in TEXT_ENCODERS else {}
-    model, found = cls.from_pretrained(folder / part, output_loading_info=True, **options)
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if found[kind]:
-            names = sorted(str(name) for name in found[kind])
-            raise refuse(source, f"weights of {part} do not fit its config: {kind.replace('_', ' ')} {names[0]}")
-    return model.eval()
+    if part in TEXT_ENCODERS:
+        config = text_config(layout.configs[part])
+        options |= {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    else:
+        options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    network, found = cls.from_pretrained(folder / part, output_loading_info=True, **options)
+    for problem in ("mismatched", "missing", "unexpected"):
+        names = sorted(str(name) for name in found[f"{problem}_keys"])
+        if names:
+            raise refuse(source, f"the weights of its {part} do not fit its configuration: {problem} {names[0]}")
+    return network.eval()
+
+
+def _check_tokenizers(parts: Parts) -> None:
+    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=True):
+        places = encoder.config.max_position_embeddings
+        if len(tokenizer) > encoder.config.vocab_size:
+            problem = f"its tokenizer knows {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}"
+            raise refuse(parts.source, problem, "its parts are of other models")
+        if tokenizer.model_max_length > places:
+            problem = f"its tokenizer makes {tokenizer.model_max_length} tokens, its text encoder takes {places}"
+            raise refuse(parts.source, problem, "set model_max_length in tokenizer_config.json")
+    lengths = {tokenizer.model_max_length for tokenizer in parts.tokenizers}
+    if len(lengths) > 1:
+        raise refuse(parts.source, f"its tokenizers make texts of {sorted(lengths)} tokens", "they must be equal")
 
 
 def assemble(parts: Parts) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """The pipeline of these very parts, without a safety checker or watermark."""
     shared = {"vae": parts.vae, "unet": parts.unet, "scheduler": parts.scheduler}
-    tokenizers = dict(zip(("tokenizer", "tokenizer_2"), parts.tokenizers, strict=False))
+    tokenizers = dict(zip(TOKENIZERS, parts.tokenizers, strict=False))
     encoders = dict(zip(TEXT_ENCODERS, parts.text_encoders, strict=False))
     if parts.kind == "sdxl":
         zeros = parts.force_zeros_for_empty_prompt
@@ -109,14 +164,85 @@ def assemble(parts: Parts) -> StableDiffusionPipeline | StableDiffusionXLPipelin
 
 
 def save(folder: Path, parts: Parts) -> None:
-    """Writes a complete pipeline (safetensors) for ``DiffusionPipeline.from_pretrained(folder)``, which needs no PEFT:
-    adapters are merged into the weights. The released pipeline has no safety checker."""
-    whole = Parts(
-        **{
-            **vars(parts),
-            "unet": adapters.merged(parts.unet),
-            "vae": parts.vae,
-            "text_encoders": [adapters.merged(encoder) for encoder in parts.text_encoders],
-        }
+    """Writes a complete pipeline (safetensors) for ``DiffusionPipeline.from_pretrained(folder)``, which needs no PEFT: adapters
+    are merged into the weights. The released pipeline has no safety checker."""
+    released = replace(
+        parts,
+        unet=adapters.merged(parts.unet),
+        text_encoders=[adapters.merged(encoder) for encoder in parts.text_encoders],
     )
-    assemble(whole).save_pretrained(folder, safe_serialization=True)
+    assemble(released).save_pretrained(folder, safe_serialization=True)
+    _write_older_names(folder, released)
+
+
+def _write_older_names(folder: Path, parts: Parts) -> None:
+    """Tokenizer and text encoder as the published pipelines name them, for readers before transformers 5 too."""
+    for part, tokenizer in zip(TOKENIZERS, parts.tokenizers, strict=False):
+        tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    if not any(name.startswith(TEXT_PREFIX) for name in weights):
+        save_file({TEXT_PREFIX + name: tensor for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+
+
+def save_lora(folder: Path, unet: nn.Module, text_encoders: list[nn.Module]) -> bool:
+    """Writes the adapters alone to ``pytorch_lora_weights.safetensors``: ``pipeline.load_lora_weights(folder)`` on the pipeline that
+    was loaded gives the one that `save` writes.
+
+    The scale alpha / rank is multiplied into B, in float32, so that readers that know no alpha find W + B A too.
+
+    Args:
+        unet: with or without an adapter (`adapters.apply`), what is frozen with ``requires_grad`` off.
+        text_encoders: one, or two of XL, likewise.
+
+    Returns:
+        Whether it was written: not where there is no adapter, nor where other parameters were trained, since the adapters
+        without them would be another model.
+    """
+    modules = {"unet": unet, **dict(zip(TEXT_ENCODERS, text_encoders, strict=False))}
+    layers = {name: _lora_layers(module) for name, module in modules.items()}
+    trained = sum(parameter_count(module, trainable=True) for module in modules.values())
+    if not any(layers.values()) or trained != sum(t.numel() for found in layers.values() for t in found.values()):
+        return False
+    pipeline = StableDiffusionXLPipeline if len(text_encoders) == 2 else StableDiffusionPipeline
+    pipeline.save_lora_weights(folder, **{f"{name}_lora_layers": found for name, found in layers.items() if found})
+    return True
+
+
+def _lora_layers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A and (alpha / rank) B of each adapted layer under diffusers' names; empty without an adapter."""
+    if getattr(module, "peft_config", None) is None:
+        return {}
+    from peft import get_peft_model_state_dict
+
+    config = module.peft_config[adapters.NAME]
+    prefix = TEXT_PREFIX if isinstance(module, CLIPTextModel) else ""  # left out by transformers 5 alone
+    weights = get_peft_model_state_dict(module, adapter_name=adapters.NAME, save_embedding_layers=False)
+    scale = config.lora_alpha / config.r
+    scaled = {name: tensor.detach().cpu() * (scale if ".lora_B." in name else 1) for name, tensor in weights.items()}
+    return convert_state_dict_to_diffusers({prefix + name: tensor.contiguous() for name, tensor in scaled.items()})
+
+
+def frozen_digest(modules: Iterable[nn.Module]) -> str:
+    """SHA-256 over names, types, shapes and values of what is not trained: buffers, and parameters with ``requires_grad`` off.
+
+    Training with frozen parts can go on only from the same ones; they are not in its checkpoints.
+    """
+    digest = hashlib.sha256()
+    for index, module in enumerate(modules):
+        frozen = [(name, tensor) for name, tensor in module.named_parameters() if not tensor.requires_grad]
+        for name, tensor in (*frozen, *module.named_buffers()):
+            digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe(parts: Parts) -> str:
+    """One line: class, millions of parameters of each network, shape of the latents, size of the pictures, prediction."""
+    counts = ", ".join(f"{name} {parameter_count(network) / 1e6:.1f} M" for name, network in parts.networks.items())
+    shape = " x ".join(map(str, parts.latent_shape))
+    prediction = parts.scheduler.config.prediction_type
+    return (
+        f"{type(assemble(parts)).__name__}: parameters {counts}; latents {shape} of {parts.image_size} px pictures; "
+        f"predicts {prediction}"
+    )
