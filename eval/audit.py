@@ -25,10 +25,13 @@ from defenses import canaries
 from defenses.base import Batch
 from defenses.seeding import RecordRandom
 from train.data import Dataset
-from train.diffusion import per_example_loss
+from train.diffusion import DiffusionConfig, per_example_loss
+from train.latent import LatentModel
 from train.models import build, memory_format
+from train.pipelines import load as load_pipeline
 from train.records import labels_of
 from train.stage import RECORD
+from train.textobjective import TextObjective
 
 CONFIDENCE = 0.95
 # Share of the canaries whose coin is guessed, half of them "in" and half "out"; the others are abstentions. Fixed,
@@ -246,6 +249,12 @@ def released_losses(
     seem to be in.
     """
     schedule = DDPMScheduler.from_pretrained(model_folder, subfolder="scheduler", local_files_only=True)
+    if config.model.family == "latent":
+        losses = canary_losses(LatentModel(load_pipeline(model_folder)), schedule, dataset, rows, classes, accelerator, draws)
+        if config.model.pretrained is None:
+            return losses
+        start = LatentModel(load_pipeline(config.model.pretrained, config.model.revision))
+        return losses - canary_losses(start, schedule, dataset, rows, classes, accelerator, draws)
     released = UNet2DModel.from_pretrained(
         model_folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
     )
@@ -275,6 +284,9 @@ def canary_losses(
     device = accelerator.device
     steps = sorted({int(place * schedule.config.num_train_timesteps) for place in TIMESTEPS})
     model = model.to(device, memory_format=memory_format(device)).eval()
+    text = None
+    if isinstance(model, LatentModel):
+        text = TextObjective(model, DiffusionConfig(snr_gamma=None), schedule, caption_dropout=0.0, precision="fp32")
     starts = range(0, len(rows), BATCH)[accelerator.process_index :: accelerator.num_processes]
     found = {}
     for start in starts:
@@ -284,11 +296,16 @@ def canary_losses(
         total = np.zeros((len(part), len(steps)))
         for repeat in range(draws):
             random = RecordRandom(0, repeat, part, [0] * len(part))
-            noise = random.normal("audit", *images.shape[1:]).to(device)
+            batch = Batch(images, part, None if labels is None else labels.to(device), random)
+            if text is not None:
+                batch.captions = [dataset.records[row].caption or "" for row in part]
+                batch = text.conditioned(batch, text.moments_of(batch)[0])
+            clean = images if batch.latents is None else batch.latents
+            batch.noise = random.normal("audit", *clean.shape[1:]).to(device)
             for column, step in enumerate(steps):
-                times = torch.full((len(part),), step, device=device)
-                batch = Batch(images, part, None if labels is None else labels.to(device), random, times, noise)
-                total[:, column] += per_example_loss(model, batch, schedule, None).double().cpu().numpy()
+                batch.timesteps = torch.full((len(part),), step, device=device)
+                error = per_example_loss(model, batch, schedule, None) if text is None else text.loss(model, batch)
+                total[:, column] += error.double().cpu().numpy()
         found[start] = total / draws
     everywhere = sorted(gather_object(list(found.items())), key=lambda pair: pair[0])
     return np.concatenate([np.zeros((0, len(steps))), *(part for _, part in everywhere)])

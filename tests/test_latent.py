@@ -53,7 +53,8 @@ def run(folder: Path, base: Path, *overrides: str):
 
 
 def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / part).glob("*.safetensors")))
+    found = load_file(next((folder / part).glob("*.safetensors")))
+    return {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
 
 
 def moved(before: Path, after: Path, part: str) -> set[str]:

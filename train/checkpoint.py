@@ -3,12 +3,10 @@
 No pickle is written or read. What is a pure function of (seed, step) is not stored: batches, noise, timesteps, learning rate.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,19 +84,6 @@ def _names(model: nn.Module) -> tuple[list[str], set[str]]:
     """Of the trained parameters, in order, and of those that are not trained."""
     named = list(model.named_parameters())
     return [name for name, each in named if each.requires_grad], {name for name, each in named if not each.requires_grad}
-
-
-def frozen_digest(modules: Sequence[nn.Module]) -> str:
-    """SHA-256 of all weights that are not trained, and of buffers where there are such weights; "" where all are trained."""
-    found, frozen = hashlib.sha256(), False
-    for module in modules:
-        trained = {name for name, each in module.named_parameters() if each.requires_grad}
-        kept = {name: each for name, each in module.state_dict().items() if name not in trained}
-        frozen = frozen or any(not each.requires_grad for each in module.parameters())
-        for name, each in sorted(kept.items()):
-            found.update(name.encode())
-            found.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest() if frozen else ""
 
 
 def latest(checkpoints: Path) -> Path | None:

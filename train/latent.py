@@ -1,6 +1,7 @@
 """Text-to-image diffusion in the latents of an autoencoder (Rombach et al. 2022): Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -158,20 +159,20 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
 
 
 def prepare_text_encoder(encoder: nn.Module, config: ModelConfig, encoders: int) -> None:
-    """Marks what of a text encoder is trained: all that has an influence, or its own adapters where the network has some."""
-    if config.adapter is not None:
-        settings = adapters.AdapterConfig(
-            rank=config.adapter.rank,
-            alpha=config.adapter.alpha,
-            targets=TEXT_TARGETS,
-            dropout=config.adapter.dropout,
-        )
-        adapters.apply(encoder, settings, None)
-    else:
-        encoder.requires_grad_(True)
+    """Marks what of a text encoder is trained: all that has an influence, or adapters of its own where the network has some.
+
+    Args:
+        encoders: of the pipeline; of the first of two only the last but one hidden state is used.
+    """
     body = getattr(encoder, "text_model", encoder)
-    if encoders == 2 and not hasattr(encoder, "text_projection"):
-        # only its last but one hidden state is used
+    unused = encoders == 2 and not hasattr(encoder, "text_projection")
+    if config.adapter is not None:
+        layers = range(len(body.encoder.layers) - unused)
+        targets = [f"layers.{layer}.self_attn.{name}" for layer in layers for name in TEXT_TARGETS]
+        adapters.apply(encoder, replace(config.adapter, targets=targets), None)
+        return
+    encoder.requires_grad_(True)
+    if unused:
         body.encoder.layers[-1].requires_grad_(False)
         body.final_layer_norm.requires_grad_(False)
 
@@ -221,7 +222,7 @@ def save(folder: Path, model: LatentModel, schedule: DDPMScheduler) -> None:
     """
     parts = model.parts
     pipelines.save(folder, parts)
-    pipelines.save_lora(folder / "lora", parts.unet, list(model.text_encoders))
+    pipelines.save_lora(folder / "lora", parts.unet, parts.text_encoders)
 
 
 def conditions_of(model: LatentModel, prompts: Sequence[str], known: Callable | None = None) -> Condition:

@@ -207,7 +207,7 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Restores ``state`` from a checkpoint, on every rank."""
         ema, values = checkpoint.load(folder, self.state.model, self.state.optimizer)
-        if values.get("frozen", "") != self.frozen:
+        if values.get("frozen", self.frozen) != self.frozen:
             raise UserError(
                 "model.pretrained",
                 f"has other weights than when {folder} was written, which holds only what was trained",

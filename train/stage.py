@@ -29,6 +29,7 @@ from train.models import memory_format, parameter_count
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import build_optimizer, build_schedule
 from train.plan import EpochPlan
+from train.pipelines import frozen_digest
 from train.planting import SPLIT as CANARY
 from train.records import class_frequency, class_names, labels_of, pool_of, trained_rows
 from train.runlog import RunDirectory
@@ -156,7 +157,7 @@ def build_trainer(
         preview=preview,
         view=view,
         quiet=quiet,
-        frozen=checkpoint.frozen_digest([model, *getattr(model, "beside", ())]),
+        frozen=frozen_digest([model, *getattr(model, "beside", ())]),
     )
     if any(defense.private for defense in defenses):
         together(accelerator, lambda: refuse_mixing(trainer))
