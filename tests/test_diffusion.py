@@ -70,8 +70,8 @@ def test_the_two_predictions_weight_the_error_of_the_image_alike():
 def test_draw_is_per_record():
     schedule = noise_schedule(DiffusionConfig())
     images = torch.zeros(64, 1, 4, 4)
-    batch = draw(Batch(images, np.arange(64), None, RecordRandom(0, 0, range(64), [0] * 64)), schedule)
-    single = draw(Batch(images[:1], np.array([9]), None, RecordRandom(0, 0, [9], [0])), schedule)
+    batch = draw(Batch(images, np.arange(64), None, RecordRandom(0, 0, range(64), [0] * 64)), schedule, DiffusionConfig())
+    single = draw(Batch(images[:1], np.array([9]), None, RecordRandom(0, 0, [9], [0])), schedule, DiffusionConfig())
     assert batch.timesteps[9] == single.timesteps[0]
     torch.testing.assert_close(batch.noise[9], single.noise[0], rtol=0, atol=0)
     assert len(batch.timesteps.unique()) > 50 and batch.timesteps.max() < 1000
@@ -80,7 +80,7 @@ def test_draw_is_per_record():
 def test_uniform_timesteps_are_drawn_as_ever():
     """Runs without weights must not change: these are the first integers of each record's stream."""
     random = RecordRandom(3, 7, range(8), [0] * 8)
-    batch = draw(Batch(torch.zeros(8, 1, 2, 2), np.arange(8), None, random), noise_schedule(DiffusionConfig()))
+    batch = draw(Batch(torch.zeros(8, 1, 2, 2), np.arange(8), None, random), noise_schedule(DiffusionConfig()), DiffusionConfig())
     assert torch.equal(batch.timesteps, random.integers("timestep", 1000))
 
 
@@ -117,7 +117,7 @@ def test_weighted_timesteps_are_per_record_and_leave_the_noise_alone():
 
     def drawn(rows, weights):
         random = RecordRandom(0, 0, rows, [0] * len(rows))
-        return draw(Batch(torch.zeros(len(rows), 1, 4, 4), np.array(rows), None, random), schedule, weights)
+        return draw(Batch(torch.zeros(len(rows), 1, 4, 4), np.array(rows), None, random), schedule, DiffusionConfig(timestep_weights=weights))
 
     batch, single, plain = drawn(range(64), [0, 1, 1, 0]), drawn([9], [0, 1, 1, 0]), drawn(range(64), None)
     assert batch.timesteps[9] == single.timesteps[0] and torch.equal(batch.noise, plain.noise)
@@ -140,3 +140,23 @@ def test_more_weights_than_timesteps():
 def test_bad_values_name_their_key(key, value):
     with pytest.raises(UserError, match=f"train.diffusion.{key}"):
         DiffusionConfig(**{key: value})
+
+
+def test_offset_noise_adds_one_constant_per_channel():
+    schedule, count = noise_schedule(DiffusionConfig()), 400
+    random = RecordRandom(0, 0, range(count), [0] * count)
+    images = torch.zeros(count, 3, 4, 4)
+    plain, moved = (
+        draw(Batch(images, np.arange(count), None, random), schedule, DiffusionConfig(offset_noise=size)).noise
+        for size in (0.0, 0.3)
+    )
+    offset = moved - plain
+    assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
+    assert 0.27 < offset[..., 0, 0].std() < 0.33  # 1,200 numbers: 2 % standard error
+
+
+def test_betas_are_those_of_stable_diffusion_or_as_given():
+    schedule = noise_schedule(DiffusionConfig(noise_schedule="scaled_linear"))
+    assert [schedule.betas[0].item(), schedule.betas[-1].item()] == pytest.approx([0.00085, 0.012], rel=1e-5)
+    given = noise_schedule(DiffusionConfig(noise_schedule="linear", beta_start=0.001, beta_end=0.01))
+    assert given.betas[499].item() == pytest.approx(0.001 + 0.009 * 499 / 999, rel=1e-5)

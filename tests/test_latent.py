@@ -265,3 +265,37 @@ def test_resume_with_another_base_is_refused(folders, tmp_path):
         other.resume(directory.checkpoints / "step-3")
     assert caught.value.key == "model.pretrained"
     assert Interrupted and Trainer
+
+
+def test_dp_sgd_on_lora(folders, tmp_path):
+    """Gradients per record through the whole seam; the start-up check compares them with a loop."""
+    options = ["defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "model.adapter.rank=2", "train.preview_every=0"]
+    facts, directory, _ = run(tmp_path, folders["sd"], *options)
+    assert facts["defenses"][0]["claim"]["kind"] == "dp"
+    assert moved(folders["sd"], directory.model, "unet")
+
+
+def test_dp_sgd_on_all_weights(folders, tmp_path):
+    facts, directory, _ = run(
+        tmp_path, folders["sdxl"], "defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "train.steps=2",
+        "train.checkpoint_every=2", "train.preview_every=0",
+    )  # fmt: skip
+    assert len(moved(folders["sdxl"], directory.model, "unet")) > 50
+
+
+def test_resume_is_exact_at_every_checkpoint(folders, tmp_path):
+    """Killed after a checkpoint and resumed: same weights, average and optimizer, with the text encoder in training."""
+    options = ["model.train_text_encoder=true", "model.adapter.rank=2", "train.keep_checkpoints=null"]
+    _, whole, _ = run(tmp_path / "whole", folders["sd"], *options)
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path / "killed", *SD, f"model.pretrained={folders['sd']}", *options
+    )
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [])
+    while trainer.state.step < 3:
+        trainer.step()
+        trainer.state.step += 1
+    trainer.save()
+    train_model(config, dataset, directory, defenses, accelerator)
+    for file in ("model", "ema", "optimizer"):
+        first, second = (load_file(d.checkpoints / "step-7" / f"{file}.safetensors") for d in (whole, directory))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
