@@ -1,5 +1,6 @@
 """Pipelines in diffusers' format with random weights, small enough to build in a test; no file is downloaded."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -86,3 +87,9 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     return pipeline
+
+
+def change(path: Path, **values) -> None:
+    """Changes keys of a JSON file; None removes one."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))

@@ -125,9 +125,10 @@ def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: st
         options |= {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
     else:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    network, found = cls.from_pretrained(folder / part, output_loading_info=True, **options)
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told here rather than by their errors
+    network, found = cls.from_pretrained(folder / part, **options)
     for problem in ("mismatched", "missing", "unexpected"):
-        names = sorted(str(name) for name in found[f"{problem}_keys"])
+        names = sorted(key if isinstance(key, str) else key[0] for key in found[f"{problem}_keys"])
         if names:
             raise refuse(source, f"the weights of its {part} do not fit its configuration: {problem} {names[0]}")
     return network.eval()
