@@ -107,6 +107,7 @@ def test_round_trip_keeps_every_weight(folders, tmp_path, name):
     assert index.get("safety_checker", [None, None]) == [None, None]
     assert index.get("requires_safety_checker", False) is False
     assert not list((tmp_path / "saved").rglob("*.bin"))
+    assert not any(str(folders) in path.read_text() for path in (tmp_path / "saved").rglob("*.json"))
 
 
 def test_settings_of_xl_survive(folders, tmp_path):
@@ -193,6 +194,24 @@ def test_the_saved_pipeline_is_merged(folders, tmp_path, kind):
     for ours, saved, start in zip(parts.text_encoders, encoders, base.text_encoders, strict=True):
         torch.testing.assert_close(read(saved, ids(parts)), read(ours, ids(parts)), atol=1e-5, rtol=1e-5)
         assert (read(saved, ids(parts)) - read(start, ids(parts))).abs().max() > 0.05
+
+
+def test_a_released_pipeline_can_be_trained_again(folders, tmp_path):
+    """Its files have the published names, which are other ones than those in memory."""
+    save(tmp_path / "first", adapted(folders / "sd"))
+    parts = adapted(tmp_path / "first")
+    save(tmp_path / "second", parts)
+    assert save_lora(tmp_path / "lora", parts.unet, parts.text_encoders)
+    base = DiffusionPipeline.from_pretrained(tmp_path / "first")
+    base.load_lora_weights(tmp_path / "lora")
+    again = load(tmp_path / "second")
+    torch.testing.assert_close(call("sd", base.unet), call("sd", again.unet), atol=1e-5, rtol=1e-5)
+    ours, theirs = (read(encoder, ids(parts)) for encoder in (again.text_encoders[0], base.text_encoder))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    names = load_file(tmp_path / "second" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names) and len(names) == len(
+        again.text_encoders[0].state_dict()
+    )
 
 
 @pytest.mark.slow

@@ -131,6 +131,8 @@ def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: st
         names = sorted(key if isinstance(key, str) else key[0] for key in found[f"{problem}_keys"])
         if names:
             raise refuse(source, f"the weights of its {part} do not fit its configuration: {problem} {names[0]}")
+    if part not in TEXT_ENCODERS:
+        network.register_to_config(_name_or_path="")  # diffusers would publish the folder's path with the weights
     return network.eval()
 
 
