@@ -1,5 +1,9 @@
 """Pipelines in diffusers' format with random weights, small enough to build in a test; no file is downloaded."""
 
+import hashlib
+import json
+import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 WORDS = ("a", "chest", "x", "ray", "of", "patient", "left", "right", "lung", "clear")
 WIDTH = 16  # of the text encoder
+STEM = "diffusion_pytorch_model"  # of the files of unet and autoencoder
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -86,3 +91,30 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     return pipeline
+
+
+def change(path: Path, **values) -> None:
+    """Changes keys of a JSON file; None removes one."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def plant(path: Path, marker: Path) -> None:
+    """Writes a pickle that would create ``marker``."""
+    path.write_bytes(pickle.dumps({"weight": Payload(marker)}))

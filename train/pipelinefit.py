@@ -89,7 +89,7 @@ def _check_latents(unet: dict[str, Any], vae: dict[str, Any], source: str) -> No
         )
     size = _setting(unet, UNet2DConditionModel, "sample_size")
     sides = {size} if isinstance(size, int) else set(size or ())
-    if len(sides) != 1:
+    if len(sides) != 1 or not all(isinstance(side, int) for side in sides):
         raise refuse(source, f"its unet has sample_size {size}", "only square sizes are known")
     for name in FURTHER_INPUTS:
         value = _setting(unet, UNet2DConditionModel, name)

@@ -220,4 +220,6 @@ def _check_weights(folder: Path, part: str, variant: str | None, source: str) ->
             with safe_open(folder / name, framework="pt"):
                 pass
         except Exception as error:  # SafetensorError is no subclass of OSError or ValueError
-            raise refuse(source, f"{part}/{name} is damaged or missing: {one_line(error)}", "copy it again") from error
+            raise refuse(
+                source, f"{part}/{name} is damaged or missing: {one_line(error)}", "copy it again, or git lfs pull"
+            ) from error

@@ -15,7 +15,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -126,11 +125,14 @@ def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: st
         options |= {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
     else:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    network, found = cls.from_pretrained(folder / part, output_loading_info=True, **options)
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told here rather than by their errors
+    network, found = cls.from_pretrained(folder / part, **options)
     for problem in ("mismatched", "missing", "unexpected"):
-        names = sorted(str(name) for name in found[f"{problem}_keys"])
+        names = sorted(key if isinstance(key, str) else key[0] for key in found[f"{problem}_keys"])
         if names:
             raise refuse(source, f"the weights of its {part} do not fit its configuration: {problem} {names[0]}")
+    if part not in TEXT_ENCODERS:
+        network.register_to_config(_name_or_path="")  # diffusers would publish the folder's path with the weights
     return network.eval()
 
 
@@ -182,7 +184,10 @@ def _write_older_names(folder: Path, parts: Parts) -> None:
     file = folder / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     if not any(name.startswith(TEXT_PREFIX) for name in weights):
-        save_file({TEXT_PREFIX + name: tensor for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+        prefixed = {TEXT_PREFIX + name: tensor for name, tensor in weights.items()}
+        temporary = file.with_suffix(".tmp")  # never over the file itself, which the tensors may still be mapped to
+        save_file(prefixed, temporary, metadata={"format": "pt"})
+        temporary.replace(file)
 
 
 def save_lora(folder: Path, unet: nn.Module, text_encoders: list[nn.Module]) -> bool:
@@ -210,7 +215,11 @@ def save_lora(folder: Path, unet: nn.Module, text_encoders: list[nn.Module]) -> 
 
 
 def _lora_layers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A and (alpha / rank) B of each adapted layer under diffusers' names; empty without an adapter."""
+    """A and (alpha / rank) B of each adapted layer; empty without an adapter.
+
+    The names are PEFT's: of those in diffusers' older style a reader converts all or none by the first in the file, and layers of
+    other kinds than attention have none.
+    """
     if getattr(module, "peft_config", None) is None:
         return {}
     from peft import get_peft_model_state_dict
@@ -219,8 +228,10 @@ def _lora_layers(module: nn.Module) -> dict[str, torch.Tensor]:
     prefix = TEXT_PREFIX if isinstance(module, CLIPTextModel) else ""  # left out by transformers 5 alone
     weights = get_peft_model_state_dict(module, adapter_name=adapters.NAME, save_embedding_layers=False)
     scale = config.lora_alpha / config.r
-    scaled = {name: tensor.detach().cpu() * (scale if ".lora_B." in name else 1) for name, tensor in weights.items()}
-    return convert_state_dict_to_diffusers({prefix + name: tensor.contiguous() for name, tensor in scaled.items()})
+    return {
+        prefix + name: (tensor.detach().cpu() * (scale if ".lora_B." in name else 1)).contiguous()
+        for name, tensor in weights.items()
+    }
 
 
 def frozen_digest(modules: Iterable[nn.Module]) -> str:
