@@ -6,6 +6,7 @@ import numpy as np
 
 from defenses.augment import Augment, AugmentConfig
 from defenses.base import BatchPlan, Defense, GradientRule
+from defenses.captions import Captions, CaptionsConfig
 from defenses.dedup import Dedup, DedupConfig
 from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.earlystop import EarlyStop, EarlyStopConfig
@@ -19,6 +20,7 @@ class DefensesConfig:
 
     dedup: DedupConfig | None = None
     augment: AugmentConfig | None = None
+    captions: CaptionsConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
     output_filter: OutputFilterConfig | None = None
@@ -27,6 +29,7 @@ class DefensesConfig:
 CLASSES = {
     "dedup": Dedup,
     "augment": Augment,
+    "captions": Captions,
     "dpsgd": DPSGD,
     "early_stop": EarlyStop,
     "output_filter": OutputFilter,

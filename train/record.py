@@ -1,6 +1,6 @@
 """One picture that was found: a row of the manifest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -25,6 +25,8 @@ class Record:
         distance: to that record, as the defense that removed it measures it (dedup: standard deviations of the picture).
         canary: part in the split ``canary``: ``planted``; ``coin``: planted where a coin says so; ``pool``: never planted;
             ``origin``: a held-out picture that left its split for a canary. "" for all others.
+        caption: the first of its captions; None: it has none.
+        more_captions: the others, where the data give several of one picture.
     """
 
     record_id: str
@@ -43,3 +45,4 @@ class Record:
     duplicate_of: str = ""
     distance: float | None = None
     canary: Literal["", "planted", "coin", "pool", "origin"] = ""
+    more_captions: list[str] = field(default_factory=list)
