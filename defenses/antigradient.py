@@ -85,12 +85,12 @@ class AntiGradient(Defense):
         bins = len(self._mean)
         place = batch.timesteps.to(losses.device) * bins // self._timesteps  # [B]
         found = losses.detach().double()
-        keep = self.config.scale * found >= self._mean[place]
+        drop = self.config.scale * found < self._mean[place]  # a loss that is no number drops nothing: it must be seen
         if self._step is None:
             self._step = torch.zeros(2 * bins + 1, dtype=torch.float64, device=losses.device)
         self._step.index_add_(0, place, found).index_add_(0, bins + place, torch.ones_like(found))
-        self._step[-1] += (~keep).sum()
-        return torch.where(keep, losses / max(self._share, SMALLEST_SHARE), torch.zeros_like(losses))
+        self._step[-1] += drop.sum()
+        return torch.where(drop, torch.zeros_like(losses), losses / max(self._share, SMALLEST_SHARE))
 
     def end_step(self) -> None:
         """Moves the averages by the losses of all ranks."""

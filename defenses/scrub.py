@@ -69,7 +69,9 @@ class Scrub(Defense):
 
     def rewrite(self, captions: list[str]) -> list[str]:
         """The scrubbed captions, in the same order; one of which nothing is left is the empty text."""
-        self._counts = Counter({name: 0 for name in self._rules}, captions=len(captions))
+        self._counts = Counter(
+            {name: 0 for name in self._rules}, captions=sum(bool(caption.strip()) for caption in captions)
+        )
         return [self._scrub(caption) for caption in captions]
 
     def _scrub(self, caption: str) -> str:
@@ -99,8 +101,8 @@ class Scrub(Defense):
         }
 
     def findings(self) -> dict[str, Any] | None:
-        """How many captions were given, changed, left empty, and changed by each rule; never their text. None: not counted, or
-        not to be told."""
+        """How many captions (of all records, held-out ones too) there are, were changed, left empty, and changed by each rule; never
+        their text. None: not counted, or not to be told."""
         if self._quiet or not self._counts:
             return None
         totals = {name: self._counts[name] for name in ("captions", "changed", "emptied")}

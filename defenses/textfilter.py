@@ -55,7 +55,7 @@ class TextFilter(Defense):
         self._quiet = context.quiet
 
     def change_loss(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Losses with zero for dropped records, float32 [B]; a magnitude that is no number drops its record, too.
+        """Losses with zero for dropped records, float32 [B]. A magnitude that is no number drops nothing: it must be seen.
 
         Raises:
             UserError: the objective tells no magnitude.
@@ -64,18 +64,18 @@ class TextFilter(Defense):
             raise UserError("defenses.text_filter", "the model has no text to compare with none", "switch it off")
         values = math.prod(batch.latents.shape[1:])
         magnitude = batch.told["text_magnitude"].detach() * math.sqrt(DIMENSIONS / values)  # [B]
-        keep = magnitude < self.config.threshold
+        drop = magnitude >= self.config.threshold
         # without rows: per-record gradients of a private run, where nothing may be counted and side effects are lost
         if not self._quiet and batch.rows is not None:
-            self._count(magnitude, keep)
-        return torch.where(keep, losses, torch.zeros_like(losses))
+            self._count(magnitude, drop)
+        return torch.where(drop, torch.zeros_like(losses), losses)
 
-    def _count(self, magnitude: torch.Tensor, keep: torch.Tensor) -> None:
+    def _count(self, magnitude: torch.Tensor, drop: torch.Tensor) -> None:
         """Stays on the device: a number that is asked for would hold up the step."""
         if self._step is None:
             self._step = torch.zeros(BINS + 1, dtype=torch.float64, device=magnitude.device)
         place = (magnitude.double() / SMALLEST).log2().mul(PER_OCTAVE).nan_to_num(nan=BINS, neginf=0).clamp(0, BINS - 1)
-        self._step[0] += (~keep).sum()
+        self._step[0] += drop.sum()
         self._step[1:].index_add_(0, place.long(), torch.ones_like(place))
 
     def end_step(self) -> None:

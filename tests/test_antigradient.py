@@ -106,6 +106,12 @@ def test_bins_share_an_average():
     assert defense._mean.tolist() == pytest.approx([0.36, 0.4, 0.0, 0.6])
 
 
+def test_a_loss_that_is_no_number_is_seen():
+    defense = begun()
+    after(defense, [5], [100.0])
+    assert after(defense, [5], [float("nan")]).isnan().all()
+
+
 def steps_of(seed, count=12, size=8):
     random = np.random.default_rng(seed)
     return [(random.integers(0, 6, size).tolist(), random.lognormal(0, 1.5, size).tolist()) for _ in range(count)]

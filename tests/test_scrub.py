@@ -103,10 +103,10 @@ def test_own_patterns():
 
 
 def test_findings_count_captions_and_tell_no_text():
-    """By hand: four captions, three with marks or dates, two of which are left empty."""
+    """By hand: four captions and a record without, three with marks or dates, two of which are left empty."""
     scrub = Scrub(ScrubConfig(contacts=False, names=False, patterns=["zebra"]))
     scrub.begin(_loud(["x"]))
-    scrub.rewrite(["___ and ___ on 2021-03-04", "plain", "___", "zebra zebra, 3/4/2020"])
+    scrub.rewrite(["___ and ___ on 2021-03-04", "plain", "", "___", "zebra zebra, 3/4/2020"])
     found = scrub.findings()
     rules = {"marks": 2, "dates": 2, "times": 0, "numbers": 0, "patterns": 1}
     assert found == {"captions": 4, "changed": 3, "emptied": 2, "rules": rules}

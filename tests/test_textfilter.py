@@ -34,7 +34,7 @@ def begun(quiet=False, **settings):
 def test_records_beyond_the_threshold_count_zero_and_the_others_as_before():
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     found = begun(threshold=2.0).change_loss(losses, batch_of([0.0, 1.99, 2.0, 50.0, math.nan]))
-    assert found.tolist() == [1.0, 2.0, 0.0, 0.0, 0.0]
+    assert found.tolist() == [1.0, 2.0, 0.0, 0.0, 5.0]  # what is no number must be seen
 
 
 def test_the_gradient_is_that_of_the_kept_records_over_the_whole_batch():
