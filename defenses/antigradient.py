@@ -1,4 +1,4 @@
-"""Anti-gradient control (seam 3; AGC of IET-AGC, Liu et al. 2024, arXiv 2407.15328): a record that is learnt too well is left out of the step.
+"""Anti-gradient control (seam 3; AGC of IET-AGC, Liu et al. 2024, arXiv 2407.15328): records that are learnt too well sit out.
 
 A memorised record's loss lies far below what is usual at its timestep. For every timestep an exponential moving average of the loss is
 kept; a record whose loss is less than 1 / ``scale`` of it adds nothing, and the others weigh more in exchange.
@@ -31,8 +31,8 @@ class AntiGradientConfig:
 
     scale: float = 2.0  # a record is dropped where scale x loss is below the average of its timestep; above 1
     decay: float = 0.8  # of the moving averages, per loss, 0 to below 1
-    # averages that the schedule is cut into; null: one per timestep. Fewer settle sooner, but a bin in which the usual loss varies by more
-    # than `scale` drops its easy timesteps instead of memorised records
+    # averages that the schedule is cut into; null: one per timestep. Fewer settle sooner, but a bin in which the usual loss varies
+    # by more than `scale` drops its easy timesteps instead of memorised records
     bins: int | None = None
 
     def __post_init__(self) -> None:
@@ -109,9 +109,10 @@ class AntiGradient(Defense):
     def claim(self) -> dict[str, Any]:
         return {
             "kind": "heuristic",
-            "statement": "Leaves a record out of a training step when its loss is far below what is usual at its timestep, a sign that "
-            "it is memorised (Liu et al. 2024). No guarantee: what was learnt before stays learnt, easy pictures are left out like memorised "
-            "ones, and a loss that stays above the limit may still be enough to recognise or to copy a record.",
+            "statement": "Leaves a record out of a training step when its loss is far below what is usual at its timestep, a "
+            "sign that it is memorised (Liu et al. 2024). No guarantee: what was learnt before stays learnt, easy pictures are "
+            "left out like memorised ones, and a loss that stays above the limit may still be enough to recognise or to copy a "
+            "record.",
         }
 
     def findings(self) -> dict[str, Any] | None:

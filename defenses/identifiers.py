@@ -113,9 +113,7 @@ def _nested(pattern: str) -> bool:
     plain = re.sub(r"\(\?(?:[aiLmsux]+|#[^)]*|P=\w+)\)", "a", plain)  # flags, comments, references: no groups
     plain = re.sub(r"\(\?(?:P<\w+>|[aiLmsux-]*:|<?[=!]|>)", "(", plain)
     stack = [False]  # whether the group so far contains one, outermost first
-    position = 0
-    while position < len(plain):
-        character = plain[position]
+    for position, character in enumerate(plain):
         if character == "(":
             stack.append(False)
         elif character == ")" and len(stack) > 1:
@@ -125,5 +123,4 @@ def _nested(pattern: str) -> bool:
             stack[-1] |= inside
         elif character in "*+?|{":
             stack[-1] = True
-        position += 1
     return False

@@ -20,6 +20,7 @@ BEFORE = re.compile(r" (?=[,;:.!?)\]}])")  # no blank before these
 AFTER = re.compile(r"(?<=[(\[{]) ")
 DOUBLED = re.compile(r"[,;:](?: ?[,;:])*(?= ?[,;:.])")  # ", ," and ", ."
 STRAY_START, STRAY_END = " ,;:.)]}/-", " ,;:([{/-"
+PASSES = 20  # marks nested deeper than this are no text, and would take time with the square of their depth
 
 
 @dataclass(kw_only=True)
@@ -30,9 +31,7 @@ class ScrubConfig:
     dates: bool = True  # 2021-03-04, 3/4/21, 04.03.2021, March 4, 2021, 4. März, 20210304; not a year alone
     times: bool = True  # 14:30, 2:05 p.m., 14.30 Uhr
     contacts: bool = True  # e-mail addresses, web addresses, telephone numbers
-    numbers: bool = (
-        True  # runs of six digits and more, DICOM and other unique identifiers, what follows MRN, accession, ID
-    )
+    numbers: bool = True  # of six digits and more, DICOM and other unique identifiers, what follows MRN, accession, ID
     names: bool = True  # after Dr., Prof., Mr., Mrs., Ms., Herr, Frau
     # further patterns (Python's re) that are removed, e.g. the form of your patient ids; of at most 200 characters, without
     # repeated groups that repeat or choose inside; (?i) at the start ignores case
@@ -46,7 +45,8 @@ class ScrubConfig:
 
 
 class Scrub(Defense):
-    """Removes what the patterns match from each caption by itself, until none matches any more.
+    """Removes what the patterns match from each caption by itself, until none matches any more. What still has a match after `PASSES`
+    passes is dropped whole.
 
     All matches of a pass are found on the same text, so the order of the patterns does not matter; applied again it changes
     nothing. A caption without a match stays bit for bit; in the others, blanks, empty brackets and stray commas are cleared away.
@@ -76,13 +76,15 @@ class Scrub(Defense):
 
     def _scrub(self, caption: str) -> str:
         text, hit = caption, set()
-        while True:  # a removal can bring together what matches; every pass leaves fewer characters
+        for _ in range(PASSES):  # a removal can bring together what matches
             found = {name: self._spans(name, text) for name in self._rules}
             spans = sorted(chain.from_iterable(found.values()))
             left = _without(text, spans) if spans else text
             if left == text:
                 break
             text, hit = left, hit | {name for name, some in found.items() if some}
+        else:
+            text = ""
         self._counts.update(hit)
         self._counts["changed"] += text != caption
         self._counts["emptied"] += bool(caption.strip()) and not text

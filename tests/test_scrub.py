@@ -72,6 +72,8 @@ def test_a_kind_that_is_off_strikes_nothing():
 def test_what_a_removal_brings_together_is_found():
     assert Scrub(ScrubConfig()).rewrite(["[**[**x**]**] on Tel. ___ 53 12"]) == ["on"]
     assert Scrub(ScrubConfig()).rewrite(["___20210304"]) == [""]
+    nested = ["a " + "[**" * depth + "x" + "**]" * depth + " b" for depth in (1, 19, 500)]
+    assert Scrub(ScrubConfig()).rewrite(nested) == ["a b", "a b", ""]  # no text nests so deep: nothing of it is kept
 
 
 PARTS = [caption for _, caption, _ in STRUCK] + KEPT + [" ", ",", "(", ")", ".", "-", "___", "[**", "**]", "1", "2021"]
@@ -133,7 +135,7 @@ def _loud(captions):
         "_" * 50_000, "X" * 50_000, "[**" * 20_000, "[**" + "x" * 50_000, "1." * 25_000, "1" * 50_000, "1" * 50_000 + "a", "1-" * 25_000,
         "a" * 50_000 + "@", "a@" * 20_000, "a.b-" * 12_000 + "@", "(" * 50_000, "(0511) " * 8_000, "0511 " * 10_000, "12:30" * 10_000,
         "Dr. " * 12_000, "Dr. A" * 10_000, "March " * 9_000, "1st of " * 8_000, "[patient " * 6_000, "ID " * 15_000, "ID-" * 15_000,
-        "-" * 50_000 + "___x", ", " * 25_000 + "___x", " " * 50_000 + "___ .", "[**" * 300 + "x" + "**]" * 300, "+49 " * 12_000,
+        "-" * 50_000 + "___x", ", " * 25_000 + "___x", " " * 50_000 + "___ .", "[**" * 2_000 + "x" + "**]" * 2_000, "+49 " * 12_000,
     ],
     ids=lambda text: f"{text[:8]}{len(text)}",
 )  # fmt: skip
