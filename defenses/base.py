@@ -29,6 +29,8 @@ class Pool:
         record_id: stable name of each row's record, length N.
         seed: ``run.seed``, for choices that a defense draws.
         picture: number of the picture that each row shows, length N; copies share it, before any defense.
+        caption: text of each row as it is trained on, or None, length N.
+        more_captions: further captions of each row, length N; empty where there are none.
     """
 
     images: np.ndarray
@@ -38,6 +40,8 @@ class Pool:
     record_id: Sequence[str] = ()
     seed: int = 0
     picture: Sequence[int] = ()
+    caption: Sequence[str | None] = ()
+    more_captions: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class RunContext:
         planted: rows of the canaries that are trained on beside the pool's, int64, ascending; each is a record of its own, and
             those of one ``pool.group`` are a group.
         left_out: canaries, of one record each, that a coin kept out of training. Nothing about the run may depend on how many.
+        timesteps: length of the noise schedule.
+        quiet: whether what is measured on the records must not be kept, as in a private run; true unless the trainer says
+            otherwise.
     """
 
     pool: Pool
@@ -69,6 +76,8 @@ class RunContext:
     accelerator: Any
     planted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     left_out: int = 0
+    timesteps: int = 1000
+    quiet: bool = True
 
 
 @dataclass(frozen=True)
@@ -276,6 +285,8 @@ class Defense(ABC):
 
     ``remembers``: what it does to one record depends on records seen before or beside it. Refused in a private run, whose
     guarantee cannot cover it.
+
+    ``needs_captions``: it works on captions, or on what they do to the prediction. Refused with a model that has no text.
 
     ``wants``: names of what the objective is to write into ``batch.told`` beside the loss, for seam 3: ``text_magnitude``, the
     l2 norm over all latent dimensions of the difference that the caption makes to the predicted noise, float32 [B].

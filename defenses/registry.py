@@ -4,13 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from defenses.antigradient import AntiGradient, AntiGradientConfig
 from defenses.augment import Augment, AugmentConfig
 from defenses.base import BatchPlan, Defense, GradientRule
+from defenses.captions import Captions, CaptionsConfig
 from defenses.dedup import Dedup, DedupConfig
 from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.earlystop import EarlyStop, EarlyStopConfig
 from defenses.errors import UserError
 from defenses.outputfilter import OutputFilter, OutputFilterConfig
+from defenses.scrub import Scrub, ScrubConfig
+from defenses.textfilter import TextFilter, TextFilterConfig
 
 
 @dataclass(kw_only=True)
@@ -18,7 +22,13 @@ class DefensesConfig:
     """Section ``defenses``: null means off, ``{}`` on with its defaults."""
 
     dedup: DedupConfig | None = None
+    scrub: ScrubConfig | None = None
     augment: AugmentConfig | None = None
+    captions: CaptionsConfig | None = None
+    anti_gradient: AntiGradientConfig | None = (
+        None  # before text_filter: its averages need losses that nobody has set to zero
+    )
+    text_filter: TextFilterConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
     output_filter: OutputFilterConfig | None = None
@@ -26,7 +36,11 @@ class DefensesConfig:
 
 CLASSES = {
     "dedup": Dedup,
+    "scrub": Scrub,
     "augment": Augment,
+    "captions": Captions,
+    "anti_gradient": AntiGradient,
+    "text_filter": TextFilter,
     "dpsgd": DPSGD,
     "early_stop": EarlyStop,
     "output_filter": OutputFilter,

@@ -143,7 +143,8 @@ def _digest(config: DataConfig, items: list[Item], all_train: bool) -> str:
         del settings["canaries"]
     digest = hashlib.sha256(json.dumps([settings, all_train], sort_keys=True).encode())
     for item in items:
-        parts = (item.source, item.stamp, item.problem, item.caption, item.label, item.group, item.split)
+        parts = [item.source, item.stamp, item.problem, item.caption, item.label, item.group, item.split]
+        parts += [item.more_captions] if item.more_captions else []  # without them as before there were any
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -164,7 +165,12 @@ def _records(items: list[Item], decoded: list[Outcome], salt: str) -> list[Recor
     records = []
     for item, record_id, each in zip(items, _record_ids([item.source for item in items]), decoded, strict=True):
         group = None if item.group is None else hashlib.sha256(f"{salt}{item.group}".encode()).hexdigest()[:16]
-        known = {"group": group, "caption": item.caption, "label": item.label}
+        known = {
+            "group": group,
+            "caption": item.caption,
+            "more_captions": list(item.more_captions),
+            "label": item.label,
+        }
         records.append(Record(record_id, item.source, each.sha256, each.pixel_hash, **known, reason=each.reason))
     return records
 

@@ -23,7 +23,9 @@ class DataConfig:
     image_size: int = 32  # pixels; central square, resized
     channels: int = 1  # 1: grey, 3: RGB
     group_key: str | None = None  # column of the patient (or artist, ...): never on two sides; null: every record alone
-    caption_key: str | None = None  # column of the caption; null: none
+    # column of the caption, a text or a list of several for one picture (metadata.jsonl, data sets): the first is the prompt of
+    # the attack, defenses.captions chooses among all; null: none
+    caption_key: str | None = None
     # column of the class, for a class-conditional model (for sub-folders: label); null: an unconditional model
     label_key: str | None = None
     # column with your own split: train | valid, validation, val, calibration | test, heldout; null: split at random

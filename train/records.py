@@ -57,6 +57,8 @@ def pool_of(dataset: Dataset, seed: int) -> Pool:
         record_id=[record.record_id for record in records],
         seed=seed,
         picture=[record.cluster for record in records],
+        caption=[record.caption for record in records],
+        more_captions=[record.more_captions for record in records],
     )
 
 

@@ -36,6 +36,7 @@ class Item:
     source: str
     read: Callable[[], bytes | np.ndarray]
     caption: str | None = None
+    more_captions: tuple[str, ...] = ()  # where the caption's column holds a list: all but the first
     label: str | None = None
     group: str | None = None
     split: str | None = None  # train, calibration or heldout, where the data say so
@@ -119,9 +120,10 @@ def _column(listing: Listing, name: str, key: str | None, required: bool) -> str
 
 
 def _item(row: Row, columns: Mapping[str, str | None]) -> Item:
-    cells = {
-        role: _text(row.values.get(column), f"data.{role}_key") if column else None for role, column in columns.items()
-    }
+    values = {role: row.values.get(column) if column else None for role, column in columns.items()}
+    captions = _captions(values["caption"])
+    values["caption"] = next(iter(captions), None)
+    cells = {role: _text(value, f"data.{role}_key") for role, value in values.items()}
     if columns["split"] and not row.problem:
         split = SPLITS.get((cells["split"] or "").lower())
         if split is None:
@@ -131,7 +133,14 @@ def _item(row: Row, columns: Mapping[str, str | None]) -> Item:
                 f"known values: {', '.join(SPLITS)}",
             )
         cells["split"] = split
-    return Item(source=row.source, read=row.read, problem=row.problem, stamp=row.stamp, **cells)
+    more = tuple(captions[1:])
+    return Item(source=row.source, read=row.read, problem=row.problem, stamp=row.stamp, more_captions=more, **cells)
+
+
+def _captions(value: Any) -> list[str]:
+    """One caption, or the list of several of one picture, without the blanks among them."""
+    cells = value if isinstance(value, list | tuple) else [value]
+    return [text for cell in cells if (text := _text(cell, "data.caption_key")) is not None]
 
 
 def _text(value: Any, key: str) -> str | None:
