@@ -17,6 +17,7 @@ from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
 from eval.config import GenerateConfig
+from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
 from train.data import Dataset
 from train.files import write_csv
@@ -32,6 +33,7 @@ UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a fo
 Draw = Callable[
     [Sequence[int], Sequence[Any] | None], torch.Tensor
 ]  # (indices, classes or prompts) -> [n, C, H, W] in [0, 1]
+Score = Callable[[list[str]], Sequence[float]]  # prompts -> a score of each, high: memorised
 
 
 @dataclass
@@ -168,8 +170,12 @@ def wrap(source: Source, defenses: list[Defense], context: SamplingContext) -> N
         source.draw = defense.wrap_sampler(source.draw, context)
 
 
-def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:
-    """Prompts of a text-to-image model: a file's lines, else training captions, those of the most copied pictures first."""
+def prompts_of(config: GenerateConfig, dataset: Dataset, score: Score | None = None) -> list[str]:
+    """Prompts of a text-to-image model: a file's lines, else training captions, those of the most copied pictures first.
+
+    Args:
+        score: tells how likely each prompt is memorised; needed where ``generate.order`` is "prefilter".
+    """
     if config.prompts is not None:
         try:
             lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
@@ -184,6 +190,9 @@ def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:
     distinct = list(dict.fromkeys(found))
     if not distinct:
         raise UserError("generate.prompts", "there is no prompt", "set data.caption_key, or give a file of prompts")
+    if config.order == "prefilter":
+        distinct = distinct[: config.candidates]
+        distinct = ordered(distinct, score(distinct))
     return distinct[: config.max_prompts]
 
 
