@@ -148,6 +148,8 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
         raise UserError(
             f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
         )
+    if config.attack.prefilter is not None and foreign is None and config.model.family == "pixel":
+        raise UserError("attack.prefilter", "scores prompts, and this model takes none", "set it to null")
     inpainting = config.attack.inpainting
     if inpainting is not None and foreign is None and inpainting.steps > config.train.diffusion.timesteps:
         raise UserError(

@@ -89,19 +89,23 @@ def wen(
     timesteps = _trajectory(denoiser)[:steps]
 
     def measure(chunk: "_Chunk") -> torch.Tensor:
-        found = []
-        for draw in range(draws):
-            x = chunk.start(seed, draw)
-            for place, timestep in enumerate(timesteps):
-                if place:
-                    before = chunk.at(timesteps[place - 1])
-                    guided = null + guidance * (given - null)
-                    x = denoiser.noised(denoiser.clean(x, guided, before), guided, chunk.at(timestep))
-                given, null = chunk.both(denoiser.epsilon, x, timestep)
-                found.append((given - null).flatten(1).norm(dim=1))
+        found = [
+            norm for draw in range(draws) for norm in _magnitudes(chunk, chunk.start(seed, draw), timesteps, guidance)
+        ]
         return torch.stack(found).double().mean(0)
 
     return _collect(denoiser, prompts, measure, batch_size, accelerator)
+
+
+def _magnitudes(chunk: "_Chunk", x: torch.Tensor, timesteps: Sequence[int], guidance: float) -> Iterator[torch.Tensor]:
+    """||epsilon(x_t, caption) - epsilon(x_t, null)||_2 of each prompt at each step of the trajectory from ``x`` on, [B] each."""
+    for place, timestep in enumerate(timesteps):
+        given, null = chunk.both(chunk.denoiser.epsilon, x, timestep)
+        yield (given - null).flatten(1).norm(dim=1)
+        if place + 1 < len(timesteps):
+            guided = null + guidance * (given - null)
+            clean = chunk.denoiser.clean(x, guided, chunk.at(timestep))
+            x = chunk.denoiser.noised(clean, guided, chunk.at(timesteps[place + 1]))
 
 
 def webster(
