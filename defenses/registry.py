@@ -11,6 +11,7 @@ from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.earlystop import EarlyStop, EarlyStopConfig
 from defenses.errors import UserError
 from defenses.outputfilter import OutputFilter, OutputFilterConfig
+from defenses.promptperturbation import PromptPerturbation, PromptPerturbationConfig
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,7 @@ class DefensesConfig:
     augment: AugmentConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
+    prompt_perturbation: PromptPerturbationConfig | None = None
     output_filter: OutputFilterConfig | None = None
 
 
@@ -29,6 +31,7 @@ CLASSES = {
     "augment": Augment,
     "dpsgd": DPSGD,
     "early_stop": EarlyStop,
+    "prompt_perturbation": PromptPerturbation,
     "output_filter": OutputFilter,
 }
 

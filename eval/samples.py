@@ -16,6 +16,7 @@ from tqdm import tqdm
 from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
+from defenses.textmodel import TextCondition
 from eval.config import GenerateConfig
 from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
@@ -226,15 +227,17 @@ def generate(
 
 
 def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
-    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn."""
+    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn, and so are
+    prompts whose embedding a defense has changed."""
     draw, number = source.draw, {prompt: place for place, prompt in enumerate(prompts)}
 
     def reading(indices: Sequence[int], conditions: Sequence[Any] | None) -> torch.Tensor:
+        told = [None] * len(indices) if conditions is None else conditions
         files = [
-            file_of(folder, number[conditions[place]] if prompts else None, index)
-            for place, index in enumerate(indices)
+            None if isinstance(each, TextCondition) else file_of(folder, number[each] if prompts else None, index)
+            for index, each in zip(indices, told, strict=True)
         ]
-        missing = [place for place, file in enumerate(files) if not file.exists()]
+        missing = [place for place, file in enumerate(files) if file is None or not file.exists()]
         drawn = {}
         if missing:
             some = None if conditions is None else [conditions[place] for place in missing]
