@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from defenses.seeding import RecordRandom
+from defenses.textmodel import TextModel
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ class Verdict:
     release_step: int | None = None
 
 
-# (sample indices, classes or prompts or None) -> float32 [n, C, H, W] in [0, 1]; an image that is NaN was withheld
+# (sample indices, classes or prompts or None) -> float32 [n, C, H, W] in [0, 1]; an image that is NaN was withheld. Where there
+# is a `TextModel`, a prompt may be a `defenses.textmodel.TextCondition`.
 Sampler = Callable[..., torch.Tensor]
 FIRST_PRIVATE_INDEX = 2**40  # sample indices that defenses draw for themselves begin here
 
@@ -265,6 +267,7 @@ class SamplingContext:
         folder: the saved pipeline's; what a user of the defended model needs is kept in a sub-folder of it.
         accelerator: Accelerate's `Accelerator`.
         records: folder of this evaluation, for records of the defense's own that must survive a stop; null: ``folder``.
+        text_model: the model behind the sampler; None where it takes no prompts.
     """
 
     pool: Pool
@@ -272,6 +275,7 @@ class SamplingContext:
     folder: Path
     accelerator: Any
     records: Path | None = None
+    text_model: TextModel | None = None
 
 
 class Defense(ABC):

@@ -4,10 +4,8 @@ It protects the images that leave through it, not the weights: whoever has the m
 (`defenses.guard`) lies beside the saved pipeline and holds the training pictures themselves, reduced.
 """
 
-import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from defenses.base import FIRST_PRIVATE_INDEX, Defense, Pool, RunContext, Sampler, SamplingContext
+from defenses.blocklog import BlockLog
 from defenses.errors import UserError
 from defenses.guard import ATTACK, NEIGHBOURS, Guard, conformal_threshold, fitted, is_near, load_filter, save_filter
 from defenses.ranks import on_main
@@ -88,7 +87,6 @@ class OutputFilter(Defense):
         self._guard = build_guard(self.config, context)
         records = (context.folder if context.records is None else context.records) / FOLDER
         on_main(context.accelerator, lambda: save_filter(context.folder / FOLDER, self._guard))
-        on_main(context.accelerator, lambda: records.mkdir(parents=True, exist_ok=True))
         self._log = DrawLog(records, context.accelerator.process_index)
         device = context.accelerator.device
 
@@ -188,15 +186,10 @@ class _Watch:
 
 
 class DrawLog:
-    """What happened to every image, a line per block, one file per rank.
-
-    Counts in memory would be lost at a stop, and images that are on disk are not drawn again. A line is on disk before the
-    images of its block can be; a block whose images were lost is drawn again, and its later line counts. So the main process
-    has the counts of all ranks and all stops from the files, without a collective.
-    """
+    """What happened to every image, a line per block of images (`defenses.blocklog`)."""
 
     def __init__(self, folder: Path, rank: int):
-        self._folder, self._file = folder, folder / f"draws-{rank}.jsonl"
+        self._log = BlockLog(folder, "draws", rank)
 
     def add(
         self,
@@ -209,17 +202,13 @@ class DrawLog:
         """One block of images; a prompt is stored as a hash."""
         keys = [0] * len(indices) if conditions is None else [derive(0, str(each)) for each in conditions]
         images = zip(map(int, indices), keys, redraws.tolist(), withheld.tolist(), strict=True)
-        line = {"images": list(images), "seconds": seconds}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(line)}\n")  # begins a line of its own where a kill cut the last one short
-            file.flush()
-            os.fsync(file.fileno())
+        self._log.add({"images": list(images), "seconds": seconds})
 
     def counts(self) -> dict[str, Any]:
         """Part of `OutputFilter.findings`."""
         images = {
             (index, key): (redraws, withheld, line["seconds"] / len(line["images"]))
-            for line in self._lines()
+            for line in self._log.lines()
             for index, key, redraws, withheld in line["images"]
         }
         redraws, withheld, seconds = (
@@ -233,11 +222,3 @@ class DrawLog:
             "withheld": sum(withheld),
             "filter_seconds_per_image": sum(seconds) / len(images) if images else None,
         }
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        for file in sorted(self._folder.glob("draws-*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:  # empty, or cut short before its images were written
-                    continue

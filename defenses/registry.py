@@ -15,6 +15,7 @@ from defenses.errors import UserError
 from defenses.outputfilter import OutputFilter, OutputFilterConfig
 from defenses.scrub import Scrub, ScrubConfig
 from defenses.textfilter import TextFilter, TextFilterConfig
+from defenses.promptperturbation import PromptPerturbation, PromptPerturbationConfig
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class DefensesConfig:
     text_filter: TextFilterConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
+    prompt_perturbation: PromptPerturbationConfig | None = None
     output_filter: OutputFilterConfig | None = None
 
 
@@ -43,6 +45,7 @@ CLASSES = {
     "text_filter": TextFilter,
     "dpsgd": DPSGD,
     "early_stop": EarlyStop,
+    "prompt_perturbation": PromptPerturbation,
     "output_filter": OutputFilter,
 }
 

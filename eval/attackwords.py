@@ -30,6 +30,10 @@ METRICS = {
     "ssim": "SSIM",
     "sscd": "SSCD",
 }
+DETECTORS = {
+    "wen": "the difference that the caption makes to the predicted noise (Wen et al. 2024)",
+    "webster": "the length of one step of the sampler (Webster 2023)",
+}
 
 
 def primary(privacy: dict[str, Any], unit: str = "record") -> dict[str, Any] | None:

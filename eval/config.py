@@ -8,6 +8,7 @@ from typing import Literal
 from defenses import registry
 from defenses.errors import UserError
 from eval.copymetrics import CopyMetricsConfig
+from eval.detectors import PrefilterConfig
 from eval.exposure import ExposureConfig
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
@@ -28,7 +29,11 @@ class GenerateConfig(SamplerConfig):
 
     count: int = 1024  # images of an unconditional or class-conditional model
     prompts: str | None = None  # text file, a prompt a line, for text-to-image models; null: the training captions
-    max_prompts: int = 8  # prompts, those whose picture occurs most often first
+    max_prompts: int = 8  # prompts, the first in the order below
+    # copies: a file's prompts as they stand, captions by how often their picture occurs; prefilter: the highest scores of
+    # attack.prefilter first
+    order: Literal["copies", "prefilter"] = "copies"
+    candidates: int | None = None  # prompts that order=prefilter scores, the first by copies; null: all
     per_prompt: int = 16  # images per prompt
     precision: Literal["auto", "bf16", "fp32"] = (
         "fp32"  # of the network; auto: bf16 where the machine has it in hardware
@@ -41,6 +46,12 @@ class GenerateConfig(SamplerConfig):
         for key in ("count", "max_prompts", "per_prompt"):
             if getattr(self, key) < 1:
                 raise UserError(f"generate.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if self.candidates is not None and self.candidates < self.max_prompts:
+            raise UserError(
+                "generate.candidates",
+                f"{self.candidates} is less than max_prompts={self.max_prompts}",
+                "null takes all",
+            )
 
 
 @dataclass(kw_only=True)
@@ -53,6 +64,7 @@ class AttackConfig:
     # what is remembered of the pictures that data.canaries plants; without such pictures nothing
     canaries: ExposureConfig | None = field(default_factory=ExposureConfig)
     copy_metrics: CopyMetricsConfig | None = None  # other metrics of copying on the matches of the extraction attack
+    prefilter: PrefilterConfig | None = None  # which prompts look memorised before anything is generated
     risk: bool = True  # joins what was found, picture by picture
 
 
@@ -91,6 +103,8 @@ def check(config: SimpleNamespace) -> None:
     check_along(config, foreign)
     check_white_box(config, foreign)
     check_copy_metrics(config, foreign)
+    if config.generate.order == "prefilter" and config.attack.prefilter is None:
+        raise UserError("generate.order", "prefilter needs attack.prefilter, which is off", "set attack.prefilter={}")
     if config.utility.downstream is not None and foreign is None and config.data.label_key is None:
         raise UserError(
             "utility.downstream",
@@ -127,9 +141,9 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
     """Refuses attacks on weights where there are none, or none that predict noise.
 
     Raises:
-        UserError: attack.membership, attack.inpainting or attack.canaries.
+        UserError: attack.membership, attack.inpainting, attack.prefilter or attack.canaries.
     """
-    attacks = [name for name in ("membership", "inpainting") if getattr(config.attack, name) is not None]
+    attacks = [name for name in ("membership", "inpainting", "prefilter") if getattr(config.attack, name) is not None]
     attacks += ["canaries"] if config.data.canaries is not None and config.attack.canaries is not None else []
     if not attacks:
         return
@@ -139,6 +153,8 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
         raise UserError(
             f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
         )
+    if config.attack.prefilter is not None and foreign is None and config.model.family == "pixel":
+        raise UserError("attack.prefilter", "scores prompts, and this model takes none", "set it to null")
     inpainting = config.attack.inpainting
     if inpainting is not None and foreign is None and inpainting.steps > config.train.diffusion.timesteps:
         raise UserError(

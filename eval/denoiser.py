@@ -38,6 +38,9 @@ class Denoiser:
         kind: what the model is conditioned on.
         latent: whether x_0 is the latent of an autoencoder, which hides what only pixels show.
         classes: names of the classes in the order of their indices; empty where unknown or unconditional.
+        shape: of one x_0, (c, h, w).
+        null: number of records -> the condition that guidance leads away from, as the pipeline itself makes it; None: ``kind`` is
+            not "caption".
     """
 
     network: nn.Module
@@ -51,6 +54,8 @@ class Denoiser:
     latent: bool
     device: torch.device
     classes: Sequence[str] = ()
+    shape: tuple[int, ...] = ()
+    null: Callable[[int], Condition] | None = None
 
     @property
     def timesteps(self) -> int:
@@ -179,6 +184,7 @@ def of_network(
         latent=False,
         device=device,
         classes=classes,
+        shape=(network.config.in_channels, *size),
     )
 
 
@@ -227,6 +233,8 @@ def _text_to_image(pipeline: Any, shape: tuple[int, int, int], device: torch.dev
         kind="caption",
         latent=True,
         device=device,
+        shape=(network.config.in_channels, *sizes),
+        null=partial(_null_condition, pipeline, side, device),
     )
 
 
@@ -244,6 +252,15 @@ def _text_condition(pipeline: Any, side: int, device: torch.device, captions: Se
         "text_embeds": found[2],
         "time_ids": sizes.expand(len(captions), -1),
     }
+
+
+def _null_condition(pipeline: Any, side: int, device: torch.device, count: int) -> Condition:
+    """Embedding of the empty prompt, or zeros where the pipeline's guidance takes zeros for it (SDXL)."""
+    condition = _text_condition(pipeline, side, device, [""])
+    if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
+        text = {name: torch.zeros_like(value) for name, value in condition.items() if name != "time_ids"}
+        condition |= text
+    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
 
 
 def _alphas_cumprod(schedule: dict[str, Any], device: torch.device) -> torch.Tensor:

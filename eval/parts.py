@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from defenses.errors import UserError
 from defenses.ranks import on_main
-from eval import copymetrics, denoiser, exposure, inpainting, membership, risk
+from eval import copymetrics, denoiser, exposure, inpainting, membership, prefilter, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
 from eval.target import pictures_of, timed
@@ -35,9 +36,18 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
 
 
 def white_box(target_pipeline: Path | None, settings, shape: tuple[int, int, int], device) -> Denoiser | None:
-    """The model for the attacks that look at its weights; None where none of them is on, or there are only generations."""
-    wanted = settings.membership is not None or settings.inpainting is not None
-    return denoiser.load(target_pipeline, shape, device) if wanted and target_pipeline is not None else None
+    """The model for the attacks that look at its weights; None where none of them is on, or there are only generations.
+
+    Raises:
+        UserError: it cannot be loaded, or one of the attacks cannot be run on it.
+    """
+    wanted = (settings.membership, settings.inpainting, settings.prefilter) != (None, None, None)
+    if not wanted or target_pipeline is None:
+        return None
+    model = denoiser.load(target_pipeline, shape, device)
+    if settings.prefilter is not None and model.kind != "caption":
+        raise UserError("attack.prefilter", "scores prompts, and this model takes none", "set it to null")
+    return model
 
 
 def _canaries(scene: Scene) -> Finding | None:
@@ -87,4 +97,5 @@ PARTS: dict[str, Callable[[Scene], Finding | None]] = {
     "inpainting": inpainting.run,
     "canaries": _canaries,
     "copy_metrics": _copy_metrics,
+    "prefilter": prefilter.run,
 }

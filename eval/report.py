@@ -122,6 +122,7 @@ def _texts(report: dict[str, Any], extraction: dict[str, Any] | None, restricted
         ),
         "attack_names": attackwords.NAMES,
         "metric_names": attackwords.METRICS,
+        "detector_names": attackwords.DETECTORS,
         "distance_name": wording.distance_name(utility.get("features")),
         "features_text": wording.FEATURES.get(utility.get("features", ""), utility.get("features")),
         "settings": [(key, value) for key, value in settings if value is not None],  # None: not of this protocol

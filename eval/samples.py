@@ -16,7 +16,9 @@ from tqdm import tqdm
 from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
+from defenses.textmodel import TextCondition
 from eval.config import GenerateConfig
+from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
 from eval.textsource import TextSampler, is_text_to_image, load_model, side_of
 from train.data import Dataset
@@ -33,6 +35,7 @@ UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a fo
 Draw = Callable[
     [Sequence[int], Sequence[Any] | None], torch.Tensor
 ]  # (indices, classes or prompts) -> [n, C, H, W] in [0, 1]
+Score = Callable[[list[str]], Sequence[float]]  # prompts -> a score of each, high: memorised
 
 
 @dataclass
@@ -197,8 +200,12 @@ def wrap(source: Source, defenses: list[Defense], context: SamplingContext) -> N
         source.draw = defense.wrap_sampler(source.draw, context)
 
 
-def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:
-    """Prompts of a text-to-image model: a file's lines, else training captions, those of the most copied pictures first."""
+def prompts_of(config: GenerateConfig, dataset: Dataset, score: Score | None = None) -> list[str]:
+    """Prompts of a text-to-image model: a file's lines, else training captions, those of the most copied pictures first.
+
+    Args:
+        score: tells how likely each prompt is memorised; needed where ``generate.order`` is "prefilter".
+    """
     if config.prompts is not None:
         try:
             lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
@@ -213,6 +220,9 @@ def prompts_of(config: GenerateConfig, dataset: Dataset) -> list[str]:
     distinct = list(dict.fromkeys(found))
     if not distinct:
         raise UserError("generate.prompts", "there is no prompt", "set data.caption_key, or give a file of prompts")
+    if config.order == "prefilter":
+        distinct = distinct[: config.candidates]
+        distinct = ordered(distinct, score(distinct))
     return distinct[: config.max_prompts]
 
 
@@ -246,15 +256,17 @@ def generate(
 
 
 def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
-    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn."""
+    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn, and so are
+    prompts whose embedding a defense has changed."""
     draw, number = source.draw, {prompt: place for place, prompt in enumerate(prompts)}
 
     def reading(indices: Sequence[int], conditions: Sequence[Any] | None) -> torch.Tensor:
+        told = [None] * len(indices) if conditions is None else conditions
         files = [
-            file_of(folder, number[conditions[place]] if prompts else None, index)
-            for place, index in enumerate(indices)
+            None if isinstance(each, TextCondition) else file_of(folder, number[each] if prompts else None, index)
+            for index, each in zip(indices, told, strict=True)
         ]
-        missing = [place for place, file in enumerate(files) if not file.exists()]
+        missing = [place for place, file in enumerate(files) if file is None or not file.exists()]
         drawn = {}
         if missing:
             some = None if conditions is None else [conditions[place] for place in missing]

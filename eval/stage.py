@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,12 @@ from eval import samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
+from eval.denoiser import Denoiser
 from eval.extraction import Extraction
 from eval.generations import Generations, find
 from eval.measure import attack, downstream_of, quality_of
 from eval.parts import PARTS, run_parts, white_box
+from eval.prefilter import prompt_scores
 from eval.report import render
 from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
@@ -50,7 +53,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     output = target.output
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     model = white_box(target.pipeline, config.attack, shape, accelerator.device)  # first: it may be refused
-    source = generate(target, config, accelerator) if target.pipeline is not None else None
+    source = generate(target, config, accelerator, model) if target.pipeline is not None else None
     images = find(target.generations, config.data.image_size, config.data.channels)
     found = Findings(images)
     if config.attack.extraction is not None:
@@ -93,12 +96,19 @@ class Findings:
     along: list[dict[str, Any]] = field(default_factory=list)
 
 
-def generate(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> samples.Source:
-    """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives."""
+def generate(
+    target: Target, config: SimpleNamespace, accelerator: Accelerator, model: Denoiser | None = None
+) -> samples.Source:
+    """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives.
+
+    Args:
+        model: scores the prompts where ``generate.order`` is "prefilter".
+    """
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     with timed(target.output, "generate_seconds", accelerator):
         source = samples.load(target.pipeline, config.generate, config.run.seed, shape, accelerator.device)
-        prompts = samples.prompts_of(config.generate, target.dataset) if source.protocol == "prompted" else []
+        score = partial(prompt_scores, target, model, config, accelerator)
+        prompts = samples.prompts_of(config.generate, target.dataset, score) if source.protocol == "prompted" else []
         if target.guarded:
             bare = unguarded_folder(target)
             samples.generate(source, bare, config.generate, prompts, config.run.seed, accelerator)

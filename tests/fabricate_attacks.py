@@ -31,6 +31,7 @@ def fabricate_attacks(folder: Path) -> dict[str, Any]:
         "inpainting": _inpainting(),
         "canaries": _canaries(),
         "copy_metrics": _copy_metrics(),
+        "prefilter": _prefilter(),
         "risk": {
             "pictures": 3,
             "rank_rule": "verified first",
@@ -113,6 +114,23 @@ def _canaries() -> dict[str, Any]:
         }
     }
     return {"kinds": kinds, "one_run": one_run, "note": "Exposure is log2(pool) - log2(rank)."}
+
+
+def _prefilter() -> dict[str, Any]:
+    recall, ci95 = {"0.01": 0.2345, "0.5": 0.8765}, {"0.01": [0.1357, 0.3468], "0.5": [0.7531, 0.9642]}
+    return {
+        "detector": "wen",
+        "prompts": 4321,
+        "attacked": 4320,
+        "flagged": 87,
+        "verified": 0,
+        "recall": {"flagged": recall, "verified": None},
+        "recall_ci95": {"flagged": ci95, "verified": None},
+        "auc": {"flagged": {"auc": 0.9234, "ci95": [0.8123, 0.9753], "method": "Obuchowski"}, "verified": None},
+        "reason": None,
+        "seconds": 83.0,
+        "note": "A note on it.",
+    }
 
 
 def _copy_metrics() -> dict[str, Any]:

@@ -226,11 +226,11 @@ def test_counts_survive_a_stop_and_know_all_ranks(tmp_path, data):
         (1, range(4, 8), False),
     ):
         defense, guarded = wrapped(tmp_path, data, Model(data, 5))
-        defense._log._file = tmp_path / "output_filter" / f"draws-{rank}.jsonl"
+        defense._log._log._file = tmp_path / "output_filter" / f"draws-{rank}.jsonl"
         guarded(block)
         if torn:
-            text = defense._log._file.read_text()
-            defense._log._file.write_text(text[: len(text) // 2])
+            text = defense._log._log._file.read_text()
+            defense._log._log._file.write_text(text[: len(text) // 2])
     whole, guarded = wrapped(tmp_path / "whole", data, Model(data, 5))
     guarded(range(8))
     counts = [
