@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from defenses.errors import UserError
 from defenses.exact import centred, l2_of, squared_differences
-from defenses.neighbours import VIEWS, Neighbours, SearchResult, search, search_sharded
+from defenses.neighbours import VIEWS, SearchResult, search, search_sharded
 from defenses.ranks import together
 from eval.cliques import largest_clique
 from eval.control import Rule, control
@@ -114,7 +114,8 @@ def prompted(
             name, names, images = prompts[index]
             images = images() if callable(images) else images
             result, near = attack_prompt(index, name, names, images, training, config, device)
-            best.add(index, near)
+            if near is not None:
+                best.add(index, near)
             found.append(result)
         return found
 
@@ -210,8 +211,11 @@ def attack_prompt(
     training: Pictures,
     config: ExtractionConfig,
     device: Any,
-) -> tuple[PromptFinding, SearchResult]:
-    """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W], N > 0; nothing is verified yet."""
+) -> tuple[PromptFinding, SearchResult | None]:
+    """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W], N > 0; nothing is verified yet.
+
+    Where only those of flagged prompts are held against the pictures (``config.nearest``), another one has no matches.
+    """
     distance = tiled_l2(images, device)
     joined = distance <= config.edge_threshold
     clique = largest_clique(joined, seconds=config.clique_seconds)
@@ -219,9 +223,10 @@ def attack_prompt(
     medoid = clique.nodes[int(inside.sum(axis=1).argmin())]  # the lowest of equals
     size = len(clique.nodes)
     flagged = size >= clique_size(config, len(images))
-    result = search(images, training.images, training.picture, 1, device=device)
-    found: Neighbours = result.distinct
-    matches = match_rows(names, training, found, None, np.zeros(len(images), dtype=bool))
+    result, matches = None, []
+    if flagged or config.nearest == "all":
+        result = search(images, training.images, training.picture, 1, device=device)
+        matches = match_rows(names, training, result.distinct, None, np.zeros(len(images), dtype=bool))
     for node in clique.nodes if flagged else []:
         matches[node]["clique"] = prompt
     row = {
@@ -266,6 +271,7 @@ def _settings(config: ExtractionConfig, results: list[PromptFinding]) -> dict[st
         "inexact_cliques": sum(not result.row["exact"] for result in results),
         "generations_per_prompt": [min(sizes, default=0), max(sizes, default=0)],
         "verify_l2": config.verify_l2,
+        "nearest": config.nearest,
         "views": list(VIEWS),
         "alpha": None,
         "n": None,

@@ -110,7 +110,8 @@ class Stream:
                 prompt, files[0].parent.name, [records.name(prompt, index) for index in there],
                 np.stack([images[index] for index in there]), self.training, self.config.attack.extraction, self.device,
             )  # fmt: skip
-            nearest.add(prompt, near, there)
+            if near is not None:
+                nearest.add(prompt, near, there)
         flagged = finding is not None and finding.row["flagged"]
         kept = len(images) if flagged else int(self.first[prompt])
         shutil.rmtree(files[0].parent, ignore_errors=True)  # of an attack with other settings, or one that was killed
@@ -231,7 +232,10 @@ def conclude_stream(
     check_tier(config, sum(sizes), len(sizes), min(sizes))
     refuse_hopeless(config, sizes)
     nearest = zip(found.nearest.prompt.tolist(), found.nearest.place.tolist(), strict=True)
-    names = [str(file_of(images.folder, *each).relative_to(images.folder)) for each in nearest]
+    names = [
+        str(file_of(images.folder, prompt, place).relative_to(images.folder)) if prompt >= 0 else None
+        for prompt, place in nearest
+    ]
     result = conclude(
         found.findings, found.nearest.distance, names, training, heldout, config, accelerator,
         exchangeable=exchangeable, seed=seed,
@@ -256,7 +260,7 @@ def _digest(prompts: Sequence[str], dataset: Dataset, config: SimpleNamespace) -
     extraction = config.attack.extraction
     parts = [
         list(prompts), drawn, config.run.seed, list(dataset.images.shape[1:]),
-        [extraction.edge_threshold, extraction.clique_size, extraction.clique_seconds],
+        [extraction.edge_threshold, extraction.clique_size, extraction.clique_seconds, extraction.nearest],
         [[record.record_id, record.pixel_hash, record.cluster] for record in records],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -13,22 +13,29 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from defenses.base import Defense
 from defenses.errors import UserError
 from defenses.seeding import derive
-from eval import samples, stream
+from eval import samples, stage, stream
 from eval.config import check
 from eval.generations import find
 from eval.measure import attack, quality_of
 from eval.samples import passes, units
 from eval.stream import first_images
+from eval.target import Target
+from tests.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.reference import fabricated
 from tests.small import small_config
+from tests.test_entry_points import evaluate, folders, pictures  # noqa: F401
 from train.data import Dataset
 from train.record import Record
+from train.runlog import RunDirectory
 
 TRAIN, HELDOUT = fabricated.blobs(1, 20), fabricated.blobs(2, 12)
 # two prompts bring back a picture, one agrees on a stranger, one holds a few copies that are no clique large enough
 PROMPTS = ["fresh 0", "copy 4", "fresh 1", "agreed 3", "few 9", "fresh 2", "copy 7"]
+
+FACTS = {"family": "planted", "parameters": 1, **dict.fromkeys(samples.UNKNOWN)}
 
 
 class Killed(BaseException):
@@ -40,7 +47,7 @@ class Planted:
 
     def __init__(self, withhold=(), die_after: int | None = None):
         self.withhold, self.die_after, self.passes = set(withhold), die_after, []
-        self.source = samples.Source("prompted", self.draw, np.zeros(0, dtype=np.int64), {})
+        self.source = samples.Source("prompted", self.draw, np.zeros(0, dtype=np.int64), FACTS)
 
     def draw(self, indices, prompts):
         if len(self.passes) == self.die_after:
@@ -104,7 +111,7 @@ def on_files(folder, config, planted):
     return images, attack(images, dataset(), config, accelerator)
 
 
-def agree(images, found, other):
+def agree(images, found, other, every=True):
     """A streamed attack against the one on files, to the bit."""
     found.report.pop("streamed")
     assert found.report == other.report
@@ -114,7 +121,7 @@ def agree(images, found, other):
     np.testing.assert_array_equal(found.pictures.verified, other.pictures.verified)
     kept = {name for _, files in images.groups for name in files}
     assert found.matches == [match for match in other.matches if match["generation"] in kept]
-    assert len(found.matches) == len(kept)
+    assert len(found.matches) == len(kept) or not every
 
 
 @pytest.mark.parametrize(("per_prompt", "batch_size"), [(10, 32), (10, 4), (10, 10)])
@@ -336,3 +343,87 @@ def test_a_record_is_one_small_file(tmp_path):
     assert record["row"]["clique_size"] == 10 and record["row"]["record_id"] == "train4" and record["kept"] == 10
     record = json.loads((tmp_path / "prompts" / "000" / "000004.json").read_text())
     assert record["row"]["clique_size"] == 3 and not record["row"]["flagged"] and len(record["matches"]) == 2
+
+
+class Withholder(Defense):
+    """Stands between the model and its user: lets no image of one prompt out, and half of the others' of another."""
+
+    name = "withholder"
+
+    def claim(self):
+        return {"kind": "heuristic", "statement": "Withholds some."}
+
+    def wrap_sampler(self, sampler, context):
+        def guarded(indices, conditions=None):
+            images = sampler(indices, conditions).clone()
+            for row, (index, prompt) in enumerate(zip(indices, conditions, strict=True)):
+                if prompt == "copy 4" or (prompt == "copy 7" and index % 2):
+                    images[row] = torch.nan
+            return images
+
+        return guarded
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries, on the first use
+def test_the_whole_evaluation_with_a_guard(tmp_path, monkeypatch):
+    """Stage, tables and page, guard on and off, for both ways to keep images: the same figures of the attack."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    reports = []
+    for keep in ("all", "flagged"):
+        monkeypatch.setattr(stage.samples, "load", lambda *arguments: Planted().source)
+        tree, config = small_config(
+            tmp_path, f"run.name={keep}", f"generate.keep={keep}", "generate.per_prompt=10", "generate.batch_size=32",
+            "generate.count=12", f"generate.prompts={tmp_path / 'prompts.txt'}", "attack.copy_metrics={}",
+            "attack.extraction.permutations=99", "utility.kid_subsets=2",
+        )  # fmt: skip
+        output = RunDirectory(config.run)
+        output.open(tree, "test")
+        target = Target(output, dataset(), tmp_path, output.generations, defenses=[Withholder()])
+        stage.evaluate(target, config, Accelerator(cpu=True))
+        reports.append(json.loads(output.report.read_text()))
+    whole, streamed = (
+        [report["privacy"][part] for part in ("extraction", "extraction_guard_off")] for report in reports
+    )
+    assert [part["verified"] for part in whole] == [1, 2] and [part["prompts"] for part in whole] == [6, 7]
+    for one, other in zip(whole, streamed, strict=True):
+        assert other.pop("streamed")["images_measured"] in (12, 14)
+        assert {**other, "seconds": 0} == {**one, "seconds": 0} if "seconds" in one else other == one
+    assert [report["utility"]["n_generated"] for report in reports] == [55, 11]
+    assert reports[0]["privacy"]["risk"]["by_copies"] == reports[1]["privacy"]["risk"]["by_copies"]
+    folder = tmp_path / "flagged"
+    lines = (folder / "attack" / "matches.csv").read_text().splitlines()
+    assert len(lines) == len((folder / "attack" / "copy_metrics.csv").read_text().splitlines())
+    assert (folder / "attack" / "cliques.csv").read_text() == (tmp_path / "all" / "attack" / "cliques.csv").read_text()
+    page = (folder / "report.html").read_text()
+    assert "copy 7" in page and "agreed 3" in page and "were\n    kept" in page
+    names = {path.parent.name for path in (folder / "generations_guard_off").glob("*/*.png")}
+    assert len(names) == 7 and len(list((folder / "generations_guard_off" / "00001").iterdir())) == 10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "threshold", "flagged"), [(stable_diffusion, 1.0, 3), (stable_diffusion_xl, 0.01, 0)]
+)
+def test_a_real_pipeline(build, threshold, flagged, folders, tmp_path):  # noqa: F811
+    """Stable Diffusion with random weights: the same attack and images whether they are streamed or not."""
+    build(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a chest\nleft lung\nx ray of patient\n")
+    reports = []
+    for keep in ("all", "flagged"):
+        reports.append(
+            evaluate(
+                f"pipeline={tmp_path / 'model'}", f"data.source={folders[0]}", f"data.heldout_source={folders[1]}",
+                f"generate.prompts={tmp_path / 'prompts.txt'}", "generate.per_prompt=4", "generate.batch_size=8",
+                "generate.count=3", f"generate.keep={keep}", "attack.extraction.clique_size=4",
+                f"attack.extraction.edge_threshold={threshold}", "attack.extraction.permutations=99", "data.channels=3",
+                f"run.output_dir={tmp_path}", f"run.name={keep}",
+            )
+        )  # fmt: skip
+    whole, streamed = (report["privacy"]["extraction"] for report in reports)
+    assert streamed.pop("streamed")["images_measured"] == 3
+    assert {**streamed, "seconds": 0} == {**whole, "seconds": 0} and whole["candidates"] == flagged
+    cliques = [(tmp_path / keep / "attack" / "cliques.csv").read_text() for keep in ("all", "flagged")]
+    assert cliques[0] == cliques[1] and cliques[0].count("\n") == 4
+    for file in (tmp_path / "flagged" / "generations").glob("*/*.png"):
+        assert file.read_bytes() == (tmp_path / "all" / file.relative_to(tmp_path / "flagged")).read_bytes()
