@@ -34,7 +34,10 @@ class GenerateConfig(SamplerConfig):
     # attack.prefilter first
     order: Literal["copies", "prefilter"] = "copies"
     candidates: int | None = None  # prompts that order=prefilter scores, the first by copies; null: all
-    per_prompt: int = 16  # images per prompt
+    per_prompt: int = 16  # images per prompt; a divisor or a multiple of batch_size fills the forward passes
+    # of a text-to-image model. all: every image is written, then attacked; flagged: attacked while they are drawn, and only
+    # those of flagged prompts are written, with the first images of the others (about `count` in all) for image quality
+    keep: Literal["all", "flagged"] = "all"
     precision: Literal["auto", "bf16", "fp32"] = (
         "fp32"  # of the network; auto: bf16 where the machine has it in hardware
     )
@@ -100,6 +103,7 @@ def check(config: SimpleNamespace) -> None:
         raise UserError(
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
+    check_keep(config)
     check_along(config, foreign)
     check_white_box(config, foreign)
     check_copy_metrics(config, foreign)
@@ -135,6 +139,27 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.report.push_to_hub is not None:
         raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")
+
+
+def check_keep(config: SimpleNamespace) -> None:
+    """Refuses to keep flagged prompts alone where nothing can be flagged, or where all images are needed.
+
+    Raises:
+        UserError: generate.keep.
+    """
+    if config.generate.keep == "all" or getattr(config, "generations", None) is not None:
+        return
+    problem = None
+    if config.attack.extraction is None:
+        problem = "the extraction attack, which flags prompts, is off"
+    elif config.attack.extraction.protocol == "untargeted":
+        problem = "the untargeted protocol flags no prompt"
+    elif config.report.along:
+        problem = "report.along attacks the images of each checkpoint from their files"
+    elif getattr(config, "pipeline", None) is None and config.model.family in ("pixel", "gan"):
+        problem = f"a model of family {config.model.family} has no prompts"
+    if problem:
+        raise UserError("generate.keep", f"is flagged, and {problem}", "set generate.keep=all")
 
 
 def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:

@@ -40,6 +40,9 @@ class ExtractionConfig:
     # prompted: generations in a clique that flags a prompt; null: 10, or max(4, ceil(N/10)) for N < 100 generations
     clique_size: int | None = None
     clique_seconds: float = 30.0  # prompted: time for the clique search of one prompt; 0: one greedy clique alone
+    # prompted: generations that are held against the training pictures beside the candidates. all: every one, which costs
+    # images x pictures x 10 views; flagged: those of flagged prompts (matches.csv, at_l2 and risk then know no others)
+    nearest: Literal["all", "flagged"] = "all"
     permutations: int = 9999  # of the control's test; its smallest p-value is 1 / (permutations + 1)
     # size that the attack must reach, or it is refused; null: any size, which the report then names
     tier: Literal["smoke", "small", "standard", "paper"] | None = None

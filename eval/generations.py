@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,21 @@ MAX_PIXELS, MAX_BYTES = 64_000_000, 512_000_000  # of one foreign generation
 
 @dataclass
 class Generations:
-    """Image files to attack: one group per prompt, or a single unnamed group."""
+    """Image files to attack: one group per prompt, or a single unnamed group.
+
+    Attributes:
+        groups: (sub-folder or "", file names relative to ``folder``).
+        rejected: file -> reason.
+        measured: files on which image quality is measured; None: all.
+        streamed: what the attack found when the images were drawn, most of which are gone (`eval.stream`); None: it is yet
+            to be made, on the files.
+    """
 
     folder: Path
-    groups: list[tuple[str, list[str]]]  # (sub-folder or "", file names relative to `folder`)
-    rejected: dict[str, str]  # file -> reason
+    groups: list[tuple[str, list[str]]]
+    rejected: dict[str, str]
+    measured: list[str] | None = None
+    streamed: Any = None
 
     @property
     def prompted(self) -> bool:
@@ -92,12 +103,17 @@ def _read(file: Path, image_size: int, channels: int) -> np.ndarray:
 
 def save(file: Path, image: torch.Tensor) -> None:
     """One image, float32 [C, H, W] in [0, 1], as a PNG; an empty marker in its place where a defense withheld it (NaN)."""
+    write(file, None if image.isnan().any() else to_uint8(image[None])[0])
+
+
+def write(file: Path, levels: np.ndarray | None) -> None:
+    """One image, uint8 [C, H, W], as a PNG; an empty marker in its place where it was withheld (None)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if image.isnan().any():
+    if levels is None:
         withheld(file).touch()
         return
     with atomic(file, "wb") as handle:
-        to_pil(to_uint8(image[None])[0]).save(handle, format="PNG")
+        to_pil(levels).save(handle, format="PNG")
 
 
 def pixels(file: Path) -> torch.Tensor:

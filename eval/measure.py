@@ -14,6 +14,7 @@ from eval.extraction import Extraction, check_tier, untargeted
 from eval.generations import Generations
 from eval.prompted import prompted
 from eval.quality import measure
+from eval.stream import conclude_stream
 from eval.target import pictures_of
 from train.data import Dataset
 
@@ -25,6 +26,8 @@ def attack(images: Generations, dataset: Dataset, config: SimpleNamespace, accel
     size, channels = config.data.image_size, config.data.channels
     options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
     protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
+    if images.streamed is not None:
+        return conclude_stream(images, training, heldout, settings, accelerator, **options)
     if protocol == "prompted":
         if not images.prompted:
             raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
@@ -44,9 +47,9 @@ def attack(images: Generations, dataset: Dataset, config: SimpleNamespace, accel
 def quality_of(
     images: Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
 ) -> dict[str, Any] | None:
-    """Image quality against held-out pictures; None where there are none."""
+    """Image quality against held-out pictures; None where there are none, or no generation to measure."""
     rows = dataset.rows("heldout")
-    if not len(rows):
+    if not len(rows) or images.measured == []:
         return None
     return measure(
         _read(images, config),
@@ -80,5 +83,6 @@ def downstream_of(
 
 
 def _read(images: Generations, config: SimpleNamespace) -> np.ndarray:
-    names = [name for _, files in images.groups for name in files]
+    every = [name for _, files in images.groups for name in files]
+    names = every if images.measured is None else images.measured
     return images.read(names, config.data.image_size, config.data.channels)

@@ -66,7 +66,10 @@ def _copy_metrics(scene: Scene) -> Finding | None:
     if scene.extraction is None:
         return None
     config, dataset = scene.config, scene.target.dataset
-    names = [name for _, files in scene.images.groups for name in files]
+    matched = {match["generation"] for match in scene.extraction.matches}
+    names = [name for _, files in scene.images.groups for name in files if name in matched]
+    if not names:  # a prompted attack that flagged nothing, or kept no image
+        return None
     generations: np.ndarray = scene.images.read(names, config.data.image_size, config.data.channels)
     splits = [pictures_of(dataset, split) for split in ("train", "heldout", "calibration")]
     report, rows = copymetrics.copy_metrics(

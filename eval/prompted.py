@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from defenses.errors import UserError
 from defenses.exact import centred, l2_of, squared_differences
-from defenses.neighbours import VIEWS, Neighbours, SearchResult, search, search_sharded
+from defenses.neighbours import VIEWS, SearchResult, search, search_sharded
 from defenses.ranks import together
 from eval.cliques import largest_clique
 from eval.control import Rule, control
@@ -27,14 +27,63 @@ Images = np.ndarray | Callable[[], np.ndarray]  # uint8 [N, C, H, W], or what re
 
 
 @dataclass
-class _Prompt:
-    """What one prompt gave; plain data, sent between ranks."""
+class PromptFinding:
+    """What one prompt gave; plain data, sent between ranks.
+
+    Attributes:
+        index: place of the prompt.
+        row: of cliques.csv.
+        matches: rows of matches.csv; of an unflagged prompt they need not be complete.
+        medoid: place in ``matches`` of the candidate.
+        image: the candidate, uint8 [C, H, W]; None unless flagged.
+    """
 
     index: int
-    row: dict[str, Any]  # of cliques.csv
+    row: dict[str, Any]
     matches: list[dict[str, Any]]
     medoid: int
-    image: np.ndarray | None  # uint8 [C, H, W], the candidate; None unless flagged
+    image: np.ndarray | None
+
+
+@dataclass
+class NearestGenerations:
+    """Of each distinct picture the nearest generation so far, of the lowest prompt and place where they are equal.
+
+    Attributes:
+        distance: l2, float64 [P]; inf without generations.
+        prompt, place: of that generation, int64 [P]; -1 without generations.
+    """
+
+    distance: np.ndarray
+    prompt: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def none(cls, pictures: int) -> "NearestGenerations":
+        return cls(np.full(pictures, np.inf), np.full(pictures, -1), np.full(pictures, -1))
+
+    def add(self, prompt: int, near: SearchResult, places: Sequence[int] | None = None) -> None:
+        """Takes in the generations of one prompt, each prompt once or several times, in any order.
+
+        Args:
+            places: of the generations that were searched; null: 0, 1, 2, ...
+        """
+        equal = (near.best_distance == self.distance) & (prompt < self.prompt)
+        closer = (near.best_distance < self.distance) | equal
+        place = near.best_query if places is None else np.asarray(places)[near.best_query]
+        self.distance[closer], self.prompt[closer], self.place[closer] = (
+            near.best_distance[closer],
+            prompt,
+            place[closer],
+        )
+
+    @classmethod
+    def merged(cls, parts: "Sequence[NearestGenerations]") -> "NearestGenerations":
+        """The nearest of all parts, whose prompts may overlap."""
+        prompt = np.stack([part.prompt for part in parts])
+        distance, place = (np.stack([getattr(part, name) for part in parts]) for name in ("distance", "place"))
+        first, column = np.lexsort((prompt, distance), axis=0)[0], np.arange(prompt.shape[1])
+        return cls(distance[first, column], prompt[first, column], place[first, column])
 
 
 def prompted(
@@ -54,27 +103,51 @@ def prompted(
             on the prompt calls it, so that one prompt at a time is in memory).
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-
+    device = accelerator.device if accelerator else "cpu"
     prompts = list(prompts)
-    _refuse_hopeless(config, [len(names) for _, names, _ in prompts])
-    best = np.full(len(training.ids), np.inf)  # of each picture over all generations, this rank's
-    source = np.full((len(training.ids), 2), -1)  # prompt and place in it of the generation that is as near
+    refuse_hopeless(config, [len(names) for _, names, _ in prompts])
+    best = NearestGenerations.none(len(training.ids))
 
-    def work() -> list[_Prompt]:
+    def work() -> list[PromptFinding]:
         found = []
         for index in range(rank, len(prompts), world):
-            result, near = _attack(
-                index, *prompts[index], training, config, accelerator.device if accelerator else "cpu"
-            )
-            closer = near.best_distance < best
-            best[closer] = near.best_distance[closer]
-            source[closer] = np.stack([np.full(len(best), index), near.best_query], axis=1)[closer]
+            name, names, images = prompts[index]
+            images = images() if callable(images) else images
+            result, near = attack_prompt(index, name, names, images, training, config, device)
+            if near is not None:
+                best.add(index, near)
             found.append(result)
         return found
 
     results = work() if world == 1 else gather_object(together(accelerator, work))
-    best, source = _nearest([(best, source)] if world == 1 else gather_object([(best, source)]))
+    best = NearestGenerations.merged([best] if world == 1 else gather_object([best]))
     results.sort(key=lambda result: result.index)
+    places = zip(best.prompt.tolist(), best.place.tolist(), strict=True)
+    nearest = [results[prompt].matches[place]["generation"] if prompt >= 0 else None for prompt, place in places]
+    return conclude(
+        results, best.distance, nearest, training, heldout, config, accelerator, exchangeable=exchangeable, seed=seed
+    )
+
+
+def conclude(
+    results: list[PromptFinding],
+    best: np.ndarray,
+    nearest: list[str | None],
+    training: Pictures,
+    heldout: Pictures | None,
+    config: ExtractionConfig,
+    accelerator: Any = None,
+    *,
+    exchangeable: bool,
+    seed: int,
+) -> Extraction:
+    """Verifies the candidates of all prompts, on all ranks.
+
+    Args:
+        results: of all prompts, in their order, the same on every rank.
+        best: l2 of each distinct picture to its nearest generation, float64 [P].
+        nearest: name of that generation.
+    """
     flagged = sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
     candidates = (
         np.stack([r.image for r in flagged]) if flagged else np.zeros((0, *training.images.shape[1:]), np.uint8)
@@ -103,7 +176,6 @@ def prompted(
         "by_copies": training.by_copies(verified),
     }  # fmt: skip
     rest = [result for result in results if not result.row["flagged"]]
-    nearest = [results[index].matches[place]["generation"] if index >= 0 else None for index, place in source.tolist()]
     pictures = PictureFindings(best, nearest, None, np.isin(training.ids, verified))
     return Extraction(report, matches, pictures, [result.row for result in flagged + rest])
 
@@ -131,16 +203,19 @@ def clique_size(config: ExtractionConfig, generations: int) -> int:
     return 10 if generations >= 100 else max(4, math.ceil(generations / 10))
 
 
-def _attack(
+def attack_prompt(
     index: int,
     prompt: str,
     names: Sequence[str],
-    images: Images,
+    images: np.ndarray,
     training: Pictures,
     config: ExtractionConfig,
     device: Any,
-) -> tuple[_Prompt, SearchResult]:
-    images = images() if callable(images) else images
+) -> tuple[PromptFinding, SearchResult | None]:
+    """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W], N > 0; nothing is verified yet.
+
+    Where only those of flagged prompts are held against the pictures (``config.nearest``), another one has no matches.
+    """
     distance = tiled_l2(images, device)
     joined = distance <= config.edge_threshold
     clique = largest_clique(joined, seconds=config.clique_seconds)
@@ -148,9 +223,10 @@ def _attack(
     medoid = clique.nodes[int(inside.sum(axis=1).argmin())]  # the lowest of equals
     size = len(clique.nodes)
     flagged = size >= clique_size(config, len(images))
-    result = search(images, training.images, training.picture, 1, device=device)
-    found: Neighbours = result.distinct
-    matches = match_rows(names, training, found, None, np.zeros(len(images), dtype=bool))
+    result, matches = None, []
+    if flagged or config.nearest == "all":
+        result = search(images, training.images, training.picture, 1, device=device)
+        matches = match_rows(names, training, result.distinct, None, np.zeros(len(images), dtype=bool))
     for node in clique.nodes if flagged else []:
         matches[node]["clique"] = prompt
     row = {
@@ -166,18 +242,15 @@ def _attack(
         "l2": matches[medoid]["l2"] if flagged else None,
         "verified": False,
     }
-    return _Prompt(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result
+    return PromptFinding(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result
 
 
-def _nearest(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Of every rank's nearest generations the nearest, of the lowest prompt where they are equal."""
-    distance, source = (np.stack(each) for each in zip(*parts, strict=True))
-    first = np.lexsort((source[..., 0], distance), axis=0)[0]
-    column = np.arange(distance.shape[1])
-    return distance[first, column], source[first, column]
+def refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
+    """Refuses prompts with too few generations for any clique that would flag one.
 
-
-def _refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
+    Raises:
+        UserError: attack.extraction.clique_size.
+    """
     if sizes and all(size < clique_size(config, size) for size in sizes):
         need = min(clique_size(config, size) for size in sizes)
         raise UserError(
@@ -187,7 +260,7 @@ def _refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
         )
 
 
-def _settings(config: ExtractionConfig, results: list[_Prompt]) -> dict[str, Any]:
+def _settings(config: ExtractionConfig, results: list[PromptFinding]) -> dict[str, Any]:
     sizes = [result.row["generations"] for result in results]
     least = sorted({clique_size(config, size) for size in sizes})
     return {
@@ -198,6 +271,7 @@ def _settings(config: ExtractionConfig, results: list[_Prompt]) -> dict[str, Any
         "inexact_cliques": sum(not result.row["exact"] for result in results),
         "generations_per_prompt": [min(sizes, default=0), max(sizes, default=0)],
         "verify_l2": config.verify_l2,
+        "nearest": config.nearest,
         "views": list(VIEWS),
         "alpha": None,
         "n": None,

@@ -11,6 +11,7 @@ import numpy as np
 from defenses.errors import UserError
 from eval import attackwords, claims, evidence, pages, plots, wording
 from eval.card import model_card
+from eval.promptpage import flagged_prompts
 from eval.verdict import verdict
 from train.files import atomic
 
@@ -76,21 +77,24 @@ def render(
     extraction = (report["privacy"] or {}).get("extraction")
     matches = evidence.read_matches(run_dir / "attack" / "matches.csv")
     manifest = evidence.read_table((trained_in or run_dir) / "manifest.csv")
-    files = evidence.generation_files(generations or run_dir / "generations")
+    generations = generations or run_dir / "generations"
+    files, pictures = evidence.generation_files(generations), None if restricted else images
     verify_l2 = float(((extraction or {}).get("settings") or {}).get("verify_l2", VERIFY_L2))
     page = pages.template("report.html.j2").render(
         **_texts(report, extraction, restricted),
-        **evidence.pair_rows(matches, manifest, files, None if restricted else images, config.pairs, BUDGET_BYTES),
+        **evidence.pair_rows(matches, manifest, files, pictures, config.pairs, BUDGET_BYTES),
         **_grid(files, restricted, config.grid),
         restricted=restricted,
-        cliques=_cliques(run_dir, restricted),
+        cliques=flagged_prompts(
+            run_dir / "attack" / "cliques.csv", generations / "index.csv", manifest, files, pictures, config.pairs
+        ),
         curves=plots.training_curves(evidence.read_metrics((trained_in or run_dir) / "metrics.jsonl")),
         histogram=plots.match_histogram(matches, verify_l2),
         copies_plot=plots.copies_bars((extraction or {}).get("by_copies") or {}),
         memorisation=_memorisation(report),
         roc_plot=plots.roc_curves(_curves(run_dir)),
         risk_plot=plots.risk_scatter(_risks(run_dir)),
-        reconstructions=_reconstructions(run_dir, report, None if restricted else images),
+        reconstructions=_reconstructions(run_dir, report, pictures),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
         with atomic(run_dir / name) as file:
@@ -189,10 +193,3 @@ def _risks(run_dir: Path) -> list[dict[str, Any]]:
         | {"verified": row["verified"] == "true"}
         for row in rows
     ]
-
-
-def _cliques(run_dir: Path, restricted: bool, most: int = 50) -> list[dict[str, str]]:
-    """Flagged prompts, in the order of their rank. Prompts of a restricted data set are its captions: numbered instead."""
-    rows = [row for row in evidence.read_table(run_dir / "attack" / "cliques.csv") if row["flagged"] == "true"]
-    rows = sorted(rows, key=lambda row: float(row["mean_distance"] or "inf"))[:most]
-    return [row | {"prompt": f"prompt {rank}"} if restricted else row for rank, row in enumerate(rows, 1)]

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from train.models import memory_format, parameter_count
 from train.sampling import blocks, class_of_sample, sample
 from train.stage import SIDECAR
 
+INDEX = ["file", "index", "seed", "condition", "withheld"]  # columns of index.csv
 UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a foreign model
 
 Draw = Callable[
@@ -232,27 +233,47 @@ def generate(
     """Draws what is not there yet: ``folder/000000.png``, or ``folder/00000/000.png`` per prompt, and ``folder/index.csv``."""
     groups = prompts or [None]
     count = config.per_prompt if prompts else config.count
-    work = [(number, block) for number in range(len(groups)) for block in blocks(count, config.batch_size, 0, 1)]
+    work = [
+        each for unit in units(len(groups), count, config.batch_size) for each in passes(unit, count, config.batch_size)
+    ]
     mine = work[accelerator.process_index :: accelerator.num_processes]
-    for number, block in tqdm(mine, desc="generate", unit="batch", disable=not accelerator.is_main_process):
-        files = [file_of(folder, number if prompts else None, index) for index in block]
+    for images in tqdm(mine, desc="generate", unit="batch", disable=not accelerator.is_main_process):
+        files = [file_of(folder, number if prompts else None, index) for number, index in images]
         if all(file.exists() or withheld(file).exists() for file in files):
             continue
-        conditions = None
+        indices, conditions = [index for _, index in images], None
         if prompts:
-            conditions = [groups[number]] * len(block)
+            conditions = [prompts[number] for number, _ in images]
         elif len(source.class_frequency):
-            conditions = class_of_sample(block, source.class_frequency, seed)
-        for file, image in zip(files, source.draw(list(block), conditions), strict=True):
+            conditions = class_of_sample(indices, source.class_frequency, seed)
+        for file, image in zip(files, source.draw(indices, conditions), strict=True):
             save(file, image)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_csv(
-            folder / "index.csv",
-            ["file", "index", "seed", "condition", "withheld"],
-            _index(source, folder, groups, count, seed),
-        )
+        write_csv(folder / "index.csv", INDEX, _index(source, folder, groups, count, seed))
     accelerator.wait_for_everyone()
+
+
+def units(groups: int, count: int, batch_size: int) -> list[range]:
+    """Consecutive groups (prompts) whose images share forward passes with no others: the smallest work that can be divided.
+
+    Where a pass holds the images of several prompts, whole prompts are put together; else a prompt is a unit of its own. No
+    prompt is cut in the middle of a pass, so that each can be attacked and forgotten before the next unit is drawn.
+
+    Args:
+        count: images of each group.
+    """
+    length = max(1, batch_size // count)
+    return [range(start, min(start + length, groups)) for start in range(0, groups, length)]
+
+
+def passes(unit: range, count: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """The forward passes of one unit, each a list of (group, sample index): the same for any number of processes."""
+    if len(unit) > 1:
+        yield [(number, index) for number in unit for index in range(count)]
+        return
+    for block in blocks(count, batch_size, 0, 1):
+        yield [(unit.start, index) for index in block]
 
 
 def reuse(source: Source, folder: Path, prompts: list[str]) -> None:

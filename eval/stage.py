@@ -26,6 +26,7 @@ from eval.measure import attack, downstream_of, quality_of
 from eval.parts import PARTS, run_parts, white_box
 from eval.prefilter import prompt_scores
 from eval.report import render
+from eval.stream import stream
 from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
 from train.files import write_csv, write_json
@@ -53,8 +54,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     output = target.output
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     model = white_box(target.pipeline, config.attack, shape, accelerator.device)  # first: it may be refused
-    source = generate(target, config, accelerator, model) if target.pipeline is not None else None
-    images = find(target.generations, config.data.image_size, config.data.channels)
+    source, images, bare = generate(target, config, accelerator, model)
     found = Findings(images)
     if config.attack.extraction is not None:
         with timed(output, "attack_seconds", accelerator):
@@ -73,7 +73,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
             classes = source.facts["classes"] if source else None
             found.utility |= downstream_of(images, target.dataset, classes, config, accelerator)
     if target.guarded:
-        measure_unguarded(found, source, target, config, accelerator)
+        measure_unguarded(found, bare, source, target, config, accelerator)
     if target.facts:
         found.along = along_training(target, config, accelerator)
     report = on_main(accelerator, lambda: assemble(target, config, source, found, accelerator))
@@ -98,24 +98,48 @@ class Findings:
 
 def generate(
     target: Target, config: SimpleNamespace, accelerator: Accelerator, model: Denoiser | None = None
-) -> samples.Source:
+) -> tuple[samples.Source | None, Generations, Generations | None]:
     """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives.
 
     Args:
         model: scores the prompts where ``generate.order`` is "prefilter".
+
+    Returns:
+        What drew them (None where somebody else did), the images, and those of the bare model (None without a guard).
     """
-    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    size, channels = config.data.image_size, config.data.channels
+    if target.pipeline is None:
+        return None, find(target.generations, size, channels), None
+    bare = None
     with timed(target.output, "generate_seconds", accelerator):
-        source = samples.load(target.pipeline, config.generate, config.run.seed, shape, accelerator.device)
+        source = samples.load(
+            target.pipeline, config.generate, config.run.seed, (channels, size, size), accelerator.device
+        )
         score = partial(prompt_scores, target, model, config, accelerator)
         prompts = samples.prompts_of(config.generate, target.dataset, score) if source.protocol == "prompted" else []
         if target.guarded:
-            bare = unguarded_folder(target)
-            samples.generate(source, bare, config.generate, prompts, config.run.seed, accelerator)
-            samples.reuse(source, bare, prompts)
+            bare = draw(source, unguarded_folder(target), "prompts_guard_off", prompts, target, config, accelerator)
+            if bare.streamed is None:
+                samples.reuse(source, bare.folder, prompts)
             samples.wrap(source, target.defenses, sampling_context(target, config, accelerator))
-        samples.generate(source, target.generations, config.generate, prompts, config.run.seed, accelerator)
-    return source
+        images = draw(source, target.generations, "prompts", prompts, target, config, accelerator)
+    return source, images, bare
+
+
+def draw(
+    source: samples.Source,
+    folder: Path,
+    records: str,
+    prompts: list[str],
+    target: Target,
+    config: SimpleNamespace,
+    accelerator: Accelerator,
+) -> Generations:
+    """Images of one source into ``folder``; with ``generate.keep=flagged`` attacked at once, records in ``attack/``."""
+    if config.generate.keep == "flagged":
+        return stream(source, folder, target.output.attack / records, prompts, target.dataset, config, accelerator)
+    samples.generate(source, folder, config.generate, prompts, config.run.seed, accelerator)
+    return find(folder, config.data.image_size, config.data.channels)
 
 
 def unguarded_folder(target: Target) -> Path:
@@ -124,10 +148,14 @@ def unguarded_folder(target: Target) -> Path:
 
 
 def measure_unguarded(
-    found: Findings, source: samples.Source, target: Target, config: SimpleNamespace, accelerator: Accelerator
+    found: Findings,
+    images: Generations,
+    source: samples.Source,
+    target: Target,
+    config: SimpleNamespace,
+    accelerator: Accelerator,
 ) -> None:
-    """The same attack and quality figures with the guard off: what the weights give away."""
-    images = find(unguarded_folder(target), config.data.image_size, config.data.channels)
+    """The same attack and quality figures with the guard off, on the bare model's images: what the weights give away."""
     with timed(target.output, "guard_off_seconds", accelerator):
         if config.attack.extraction is not None:
             found.unguarded = attack(images, target.dataset, config, accelerator).report

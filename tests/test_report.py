@@ -144,6 +144,39 @@ def test_hostile_names_are_text(tmp_path):
         assert ("prompt 1" in page.visible) == restricted
 
 
+@pytest.mark.parametrize("restricted", [False, True])
+def test_flagged_prompts_with_their_pictures(restricted, tmp_path):
+    """The text of a prompt, its figures, its candidate and the nearest picture; of restricted data the figures alone."""
+    run = Fabricated(tmp_path / "run", verified=0)  # so that no pair is shown elsewhere
+    columns = "prompt,generations,edges,clique_size,flagged,exact,mean_distance,medoid,record_id,l2,verified"
+    rows = ["00001,16,20,7,true,true,0.04,000012.png,rec021,0.31,false", "00000,16,90,13,true,true,0.02,000011.png,rec003,0.07,true",
+            "00002,16,0,1,false,true,,,,,false", "00003,16,9,4,true,true,0.05,gone.png,rec030,0.4,false"]  # fmt: skip
+    (run.folder / "attack" / "cliques.csv").write_text("\n".join([columns, *rows]) + "\n")
+    index = (
+        'file,index,seed,condition,withheld\n000011.png,11,0,"a heart, large",false\n000012.png,12,0,two lungs,false\n'
+    )
+    (run.folder / "generations" / "index.csv").write_text(index)
+    run.report["privacy"]["extraction"] |= {"protocol": "prompted", "prompts": 4, "candidates": 3}
+    run.report["privacy"]["extraction"]["streamed"] = {"images_kept": 48}
+    config = ReportConfig(pairs=2, grid=0)
+    render(run.folder, run.report, images=run.image, restricted=restricted, config=config)
+    page = Page(run.folder / "report.html")
+    table = page.visible[page.visible.index("Flagged prompts", page.visible.index("The candidate of a prompt") - 99) :]
+    assert table.index("0.02") < table.index("0.04") < table.index("0.05")  # the tightest first
+    assert "48 of 4" in page.visible and "were kept" in page.visible
+    if restricted:
+        assert "prompt 1 16 13 0.02 – 12 0.07 true" in table and not page.pictures()
+        assert not any(text in page.source for text in ("rec003", "a heart", "000011", "two lungs"))
+        return
+    assert (
+        "00000 a heart, large 16 13 0.02 rec003 12 0.07 true 00001 two lungs 16 7 0.04 rec021 1 0.31 false 00003 16 4"
+        in table
+    )
+    shown = [np.flatnonzero(shows(page, pictures)).tolist() for pictures in (run.training, run.generations)]
+    assert {3, 21} <= set(shown[0]) and {11, 12} <= set(shown[1])
+    assert "clique of 13, verified a heart, large" in table and "clique of 7, not verified two lungs" in table
+
+
 def test_no_hits_and_no_control(tmp_path):
     def change(report):
         report["privacy"]["extraction"]["control"] = None

@@ -1,0 +1,78 @@
+"""What a streamed attack knows of its prompts, on disk: a record of each, and the nearest generation of every picture."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.generations import file_of, withheld
+from eval.prompted import NearestGenerations
+from train.files import atomic, write_json
+
+
+@dataclass(frozen=True)
+class PromptRecords:
+    """A folder of records, which all ranks share.
+
+    A record is one file, and so is what a rank knows of the pictures: the nearest generations, and the prompts that they
+    cover. Ranks write their own files alone, and no count of processes is written down, so that another number of them may
+    go on.
+
+    Attributes:
+        folder: of the records.
+        images: folder of the images that are kept.
+        digest: of everything that decides the result; what carries another one counts as not there.
+    """
+
+    folder: Path
+    images: Path
+    digest: str
+
+    def name(self, prompt: int, index: int) -> str:
+        """Of an image, as in matches.csv."""
+        return str(file_of(self.images, prompt, index).relative_to(self.images))
+
+    def file(self, prompt: int) -> Path:
+        return self.folder / f"{prompt // 1000:03d}" / f"{prompt:06d}.json"
+
+    def write(self, prompt: int, record: dict[str, Any]) -> None:
+        """``record`` must count the images that were ``kept``."""
+        file = self.file(prompt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"digest": self.digest, **record})
+
+    def read(self, prompt: int) -> dict[str, Any] | None:
+        """The record of a prompt; None if there is none of this attack, or images that it counts are gone."""
+        try:
+            record = json.loads(self.file(prompt).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        if record["digest"] != self.digest:
+            return None
+        files = (file_of(self.images, prompt, index) for index in range(record["kept"]))
+        return record if all(file.exists() or withheld(file).exists() for file in files) else None
+
+    def nearest(self) -> list[tuple[NearestGenerations, set[int]]]:
+        """Of every rank of this and earlier starts: nearest generations, and the prompts that they cover."""
+        found = [self.nearest_of(file) for file in sorted(self.folder.glob("nearest-*.npz"))]
+        return [each for each in found if each is not None]
+
+    def nearest_of(self, file: Path) -> tuple[NearestGenerations, set[int]] | None:
+        if not file.exists():
+            return None
+        with np.load(file, allow_pickle=False) as stored:
+            if str(stored["digest"]) != self.digest:
+                return None
+            columns = (stored[name] for name in ("distance", "prompt", "place"))
+            return NearestGenerations(*columns), set(stored["covered"].tolist())
+
+    def nearest_file(self, rank: int) -> Path:
+        return self.folder / f"nearest-{rank}.npz"
+
+    def write_nearest(self, rank: int, nearest: NearestGenerations, covered: set[int]) -> None:
+        columns = {name: getattr(nearest, name) for name in ("distance", "prompt", "place")}
+        covers = np.array(sorted(covered), dtype=np.int64)
+        with atomic(self.nearest_file(rank), "wb") as handle:
+            np.savez(handle, digest=np.array(self.digest), covered=covers, **columns)
