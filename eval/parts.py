@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from defenses.ranks import on_main
-from eval import copymetrics, denoiser, exposure, inpainting, membership, risk
+from eval import copymetrics, denoiser, exposure, finetuning, inpainting, membership, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
 from eval.target import pictures_of, timed
@@ -25,9 +25,9 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
             finding = run(scene)
         if finding is not None:
             found[name] = finding
-            if name == "inpainting":
+            if name in ("inpainting", "finetuning"):
                 progress = on_main(scene.accelerator, scene.target.output.progress)
-                finding.report["seconds"] = progress["inpainting_seconds"]
+                finding.report["seconds"] = progress[f"{name}_seconds"]
     if settings.risk and (scene.extraction is not None or found):
         with timed(scene.target.output, "risk_seconds", scene.accelerator):
             found["risk"] = _risk(scene, found)
@@ -36,7 +36,7 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
 
 def white_box(target_pipeline: Path | None, settings, shape: tuple[int, int, int], device) -> Denoiser | None:
     """The model for the attacks that look at its weights; None where none of them is on, or there are only generations."""
-    wanted = settings.membership is not None or settings.inpainting is not None
+    wanted = any(part is not None for part in (settings.membership, settings.inpainting, settings.finetuning))
     return denoiser.load(target_pipeline, shape, device) if wanted and target_pipeline is not None else None
 
 
@@ -85,6 +85,7 @@ def _risk(scene: Scene, found: dict[str, Finding]) -> Finding:
 PARTS: dict[str, Callable[[Scene], Finding | None]] = {
     "membership": membership.run,
     "inpainting": inpainting.run,
+    "finetuning": finetuning.run,
     "canaries": _canaries,
     "copy_metrics": _copy_metrics,
 }

@@ -40,7 +40,9 @@ WHILE_TRAINING = tuple(
     for name in "epsilon noise_multiplier delta clip_norm sample_rate batch_size multiplicity backend physical_batch test_seed".split()
 )
 # Attacks on the finished model: they may be switched and changed until the report is written. What they keep carries its settings.
-BEFORE_THE_REPORT = tuple(f"attack.{name}" for name in ("membership", "inpainting", "canaries", "copy_metrics", "risk"))
+BEFORE_THE_REPORT = tuple(
+    f"attack.{name}" for name in ("membership", "inpainting", "finetuning", "canaries", "copy_metrics", "risk")
+)
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
     "torch",
