@@ -8,7 +8,6 @@ import numpy as np
 from eval.cliques import largest_clique
 
 STEP = 0.01  # between thresholds, in l2; the paper: 0.01 in cosine similarity
-START = 0.75  # quantile of the distances at which the search begins; the paper: the 25th percentile of the similarities
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,22 @@ class Clusters:
     reached: bool
 
 
-def find_clusters(distance: np.ndarray, wanted: int, least: int, seconds: float) -> Clusters:
+def find_clusters(distance: np.ndarray, wanted: int, least: int, loosest: float, seconds: float) -> Clusters:
     """Disjoint cliques at the largest threshold that leaves at least ``wanted`` of them.
 
-    As in the paper the search goes from loose to tight, in steps of `STEP` from the `START` quantile of the distances: loose
-    thresholds join everything, and at tight ones the generations of a single picture fall apart into many cliques. A first
-    pass takes greedy cliques, which are quick and depend on nothing but the graph; from where it ends, cliques are exact
-    while the time lasts. Where no threshold leaves enough, it is the one that leaves most, the loosest of equals.
+    As in the paper the search goes from loose to tight, in steps of `STEP`: loose thresholds join everything, and at tight ones
+    the generations of a single picture fall apart into many cliques. A first pass takes greedy cliques, which are quick and depend
+    on nothing but the graph; from where it ends, cliques are exact while the time lasts. Where no threshold leaves enough, it is
+    the one that leaves most, the loosest of equals.
 
     Args:
         distance: [N, N], symmetric, >= 0.
         wanted: cliques looked for, >= 1.
         least: nodes of a clique that counts.
+        loosest: threshold at which the search begins.
         seconds: wall-clock bound on the exact searches together; 0: greedy cliques alone.
     """
-    levels = thresholds(distance)
+    levels = thresholds(loosest)
     counts = []
     for level in levels:
         counts.append(len(disjoint_cliques(distance <= level, least, 0.0)[0]))
@@ -61,11 +61,9 @@ def find_clusters(distance: np.ndarray, wanted: int, least: int, seconds: float)
     return best
 
 
-def thresholds(distance: np.ndarray) -> list[float]:
-    """Thresholds that are tried, descending, multiples of `STEP`; 0, where only equal images are joined, is the last."""
-    apart = distance[np.triu_indices(len(distance), 1)]
-    top = int(np.quantile(apart, START) / STEP) if len(apart) else 0
-    return [round(number * STEP, 10) for number in range(top, -1, -1)]
+def thresholds(loosest: float) -> list[float]:
+    """Thresholds that are tried, descending from ``loosest`` in steps of `STEP`, none below 0."""
+    return [round(loosest - number * STEP, 10) for number in range(int(loosest / STEP + 1e-6) + 1)]
 
 
 def disjoint_cliques(adjacency: np.ndarray, least: int, seconds: float) -> tuple[list[list[int]], bool]:

@@ -57,6 +57,8 @@ class FinetuningConfig:
     clusters: int | None = (
         None  # looked for; null: the distinct training pictures (the paper), at most images / clique_size
     )
+    # largest tiled l2 of two images of a cluster, lowered until there are as many clusters as are looked for
+    edge_threshold: float = 0.15
     clique_size: int = 2  # images in a cluster; the paper: 1
     clique_seconds: float = 30.0  # of the exact clique searches of one weight together; 0: greedy cliques alone
     verify_l2: float = 0.15  # largest l2 of a candidate to its nearest picture
@@ -70,8 +72,9 @@ class FinetuningConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{section}.{key}", f"{value} is less than 1", "take a positive number")
-        if not 0 < self.verify_l2 < math.inf:
-            raise UserError(f"{section}.verify_l2", f"{self.verify_l2} is not positive", "take a number above 0")
+        for key in ("edge_threshold", "verify_l2"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"{section}.{key}", f"{getattr(self, key)} is not positive", "take a number above 0")
         if not 0 <= self.clique_seconds < math.inf:
             raise UserError(f"{section}.clique_seconds", f"{self.clique_seconds} is no time", "take 0 or more")
         for key in ("correction", "guidance"):
@@ -148,7 +151,8 @@ def run(scene: Scene) -> Finding | None:
         for place in range(accelerator.process_index, len(drawn), accelerator.num_processes):
             distance = tiled_l2(_read(drawn[place], config), accelerator.device)
             most = max(1, min(wanted, len(distance) // settings.clique_size))
-            clusters = find_clusters(distance, most, settings.clique_size, settings.clique_seconds)
+            limits = settings.clique_size, settings.edge_threshold, settings.clique_seconds
+            clusters = find_clusters(distance, most, *limits)
             tight = [_mean_distance(distance, nodes) for nodes in clusters.cliques]
             chosen = [medoid(distance, nodes) for nodes in clusters.cliques]
             found.append((place, clusters, np.array([chosen, tight]).reshape(2, -1)))
