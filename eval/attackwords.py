@@ -74,6 +74,15 @@ def _unequal(privacy: dict[str, Any]) -> bool:
     return easier or (privacy.get("membership_check") or {}).get("passed") is False
 
 
+def finetuning_evidence(privacy: dict[str, Any]) -> bool:
+    """Whether candidates of some weight are training pictures beyond what the control finds by chance (p <= 0.05, adjusted for the
+    number of weights)."""
+    entries = (privacy.get("finetuning") or {}).get("weights") or []
+    return any(
+        entry["verified"] and entry["p_value_holm"] is not None and entry["p_value_holm"] <= 0.05 for entry in entries
+    )
+
+
 def canary_evidence(privacy: dict[str, Any]) -> bool:
     """Whether planted pictures are remembered: the better the more often they were planted, and those planted most often better than
     pictures that were never shown (both p <= 0.05), for any kind."""
@@ -135,6 +144,35 @@ def inpainting_sentences(privacy: dict[str, Any]) -> list[str]:
     return found
 
 
+def finetuning_sentences(privacy: dict[str, Any]) -> list[str]:
+    """What the step from the base to the fine-tuned model gave away, for the verdict."""
+    part = privacy.get("finetuning")
+    if not part:
+        return []
+    alone, found = part["weights"][0], []
+    for entry in part["weights"][1:] or part["weights"]:
+        low, high = entry["rate_ci95"]
+        text = (
+            f"Fine-tuning: from the difference to the base model (w = {entry['weight']:g}), {entry['verified']:,} of "
+            f"{part['pictures']:,} distinct training pictures were extracted (95 %: {percent(low)} to {percent(high)})"
+        )
+        text += "" if entry is alone else f", from the fine-tuned model alone by the same steps {alone['verified']:,}"
+        control, against = entry["control"], entry["versus_baseline"]
+        if control is None:
+            text += "; no control: not evidence."
+        else:
+            text += f"; control: {control['verified']:,} of {control['n']:,} held-out pictures"
+            p_value = entry["p_value_holm"]
+            text += ", no p-value." if p_value is None else f" (p = {p_value:.2g})."
+        if against is not None and against["gain_p_value"] is not None:
+            text += (
+                f" Nearest images come nearer to training pictures than to held-out ones by {against['gain']:.3f} in l2 more than those "
+                f"of the model alone (p = {against['gain_p_value']:.2g})."
+            )
+        found.append(text)
+    return found
+
+
 def canary_sentences(privacy: dict[str, Any]) -> list[str]:
     """How strongly planted pictures are remembered, for the verdict."""
     found = []
@@ -152,4 +190,9 @@ def canary_sentences(privacy: dict[str, Any]) -> list[str]:
 
 def sentences(privacy: dict[str, Any]) -> list[str]:
     """All of the above, in the order of the page."""
-    return [*membership_sentences(privacy), *inpainting_sentences(privacy), *canary_sentences(privacy)]
+    return [
+        *membership_sentences(privacy),
+        *inpainting_sentences(privacy),
+        *finetuning_sentences(privacy),
+        *canary_sentences(privacy),
+    ]

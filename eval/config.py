@@ -12,6 +12,8 @@ from eval.detectors import PrefilterConfig
 from eval.exposure import ExposureConfig
 from eval.extraction import ExtractionConfig, check_tier
 from eval.features import verified_bytes
+from eval.finetuning import FinetuningConfig
+from eval.finetuning import check as check_finetuning
 from eval.inpainting import InpaintingConfig
 from eval.membership import MembershipConfig
 from eval.membership import check as check_membership
@@ -64,6 +66,7 @@ class AttackConfig:
     extraction: ExtractionConfig | None = field(default_factory=ExtractionConfig)
     membership: MembershipConfig | None = None  # who can be recognised as trained on
     inpainting: InpaintingConfig | None = None  # what half of a picture brings back of the other
+    finetuning: FinetuningConfig | None = None  # what the step from a base model to this one gives away
     # what is remembered of the pictures that data.canaries plants; without such pictures nothing
     canaries: ExposureConfig | None = field(default_factory=ExposureConfig)
     copy_metrics: CopyMetricsConfig | None = None  # other metrics of copying on the matches of the extraction attack
@@ -166,9 +169,10 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
     """Refuses attacks on weights where there are none, or none that predict noise.
 
     Raises:
-        UserError: attack.membership, attack.inpainting, attack.prefilter or attack.canaries.
+        UserError: attack.membership, attack.inpainting, attack.finetuning, attack.prefilter or attack.canaries.
     """
-    attacks = [name for name in ("membership", "inpainting", "prefilter") if getattr(config.attack, name) is not None]
+    white = ("membership", "inpainting", "finetuning", "prefilter")
+    attacks = [name for name in white if getattr(config.attack, name) is not None]
     attacks += ["canaries"] if config.data.canaries is not None and config.attack.canaries is not None else []
     if not attacks:
         return
@@ -180,6 +184,7 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
         )
     if config.attack.prefilter is not None and foreign is None and config.model.family == "pixel":
         raise UserError("attack.prefilter", "scores prompts, and this model takes none", "set it to null")
+    check_finetuning(config, foreign)
     inpainting = config.attack.inpainting
     if inpainting is not None and foreign is None and inpainting.steps > config.train.diffusion.timesteps:
         raise UserError(

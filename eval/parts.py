@@ -7,7 +7,7 @@ import numpy as np
 
 from defenses.errors import UserError
 from defenses.ranks import on_main
-from eval import copymetrics, denoiser, exposure, inpainting, membership, prefilter, risk
+from eval import copymetrics, denoiser, exposure, finetuning, inpainting, membership, prefilter, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
 from eval.target import pictures_of, timed
@@ -26,9 +26,9 @@ def run_parts(scene: Scene) -> dict[str, Finding]:
             finding = run(scene)
         if finding is not None:
             found[name] = finding
-            if name == "inpainting":
+            if name in ("inpainting", "finetuning"):
                 progress = on_main(scene.accelerator, scene.target.output.progress)
-                finding.report["seconds"] = progress["inpainting_seconds"]
+                finding.report["seconds"] = progress[f"{name}_seconds"]
     if settings.risk and (scene.extraction is not None or found):
         with timed(scene.target.output, "risk_seconds", scene.accelerator):
             found["risk"] = _risk(scene, found)
@@ -41,8 +41,8 @@ def white_box(target_pipeline: Path | None, settings, shape: tuple[int, int, int
     Raises:
         UserError: it cannot be loaded, or one of the attacks cannot be run on it.
     """
-    wanted = (settings.membership, settings.inpainting, settings.prefilter) != (None, None, None)
-    if not wanted or target_pipeline is None:
+    wanted = (settings.membership, settings.inpainting, settings.finetuning, settings.prefilter)
+    if target_pipeline is None or all(part is None for part in wanted):
         return None
     model = denoiser.load(target_pipeline, shape, device)
     if settings.prefilter is not None and model.kind != "caption":
@@ -98,6 +98,7 @@ def _risk(scene: Scene, found: dict[str, Finding]) -> Finding:
 PARTS: dict[str, Callable[[Scene], Finding | None]] = {
     "membership": membership.run,
     "inpainting": inpainting.run,
+    "finetuning": finetuning.run,
     "canaries": _canaries,
     "copy_metrics": _copy_metrics,
     "prefilter": prefilter.run,

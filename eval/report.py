@@ -21,7 +21,7 @@ VERIFY_L2 = 0.15  # of the prompted protocol (Carlini et al. 2023, section 4.2),
 # fields that may hold names of files or people, or ids that are made from them
 NAMING = (
     "run.command", "data.source", "data.generations_rejected", "privacy.inpainting.examples",
-    "privacy.copy_metrics.disagreements", "privacy.risk.top",
+    "privacy.copy_metrics.disagreements", "privacy.risk.top", "privacy.finetuning.base", "privacy.finetuning.examples",
 )  # fmt: skip
 # the curves that are drawn first, where there are more than a plot holds
 PLOTTED = ("lira-strong", "gsa", "lira", "loss-strong", "loss", "loss-grid", "gsa-norm", "clid", "secmi", "pia")
@@ -95,6 +95,7 @@ def render(
         roc_plot=plots.roc_curves(_curves(run_dir)),
         risk_plot=plots.risk_scatter(_risks(run_dir)),
         reconstructions=_reconstructions(run_dir, report, pictures),
+        extrapolated=_extrapolated(run_dir, report, pictures),
     )
     for name, text in (("report.html", page), ("MODEL_CARD.md", model_card(report))):
         with atomic(run_dir / name) as file:
@@ -173,6 +174,19 @@ def _reconstructions(run_dir: Path, report: dict[str, Any], images: Images | Non
     shown = [(row, fill) for row, fill in shown if fill is not None]
     pictures = evidence.encode([each for row, fill in shown for each in (fill, images(row["record_id"]))], BUDGET_BYTES)
     return [row | {"fill": pictures[2 * i], "original": pictures[2 * i + 1]} for i, (row, _) in enumerate(shown)]
+
+
+def _extrapolated(run_dir: Path, report: dict[str, Any], images: Images | None) -> list[dict[str, Any]]:
+    """Rows of ``privacy.finetuning.examples`` with the candidate and the picture as data URIs; none of restricted data."""
+    examples = ((report["privacy"] or {}).get("finetuning") or {}).get("examples") or []
+    if images is None:
+        return []
+    read = [(row, evidence.read_image(run_dir / "finetuning" / row["generation"])) for row in examples]
+    shown = [(row, image) for row, image in read if image is not None]
+    pictures = evidence.encode(
+        [each for row, image in shown for each in (image, images(row["record_id"]))], BUDGET_BYTES
+    )
+    return [row | {"image": pictures[2 * i], "original": pictures[2 * i + 1]} for i, (row, _) in enumerate(shown)]
 
 
 def _curves(run_dir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -12,11 +12,14 @@ STRONGER = "That is a statement about this attack and its size: a stronger attac
 def verdict(report: dict[str, Any]) -> dict[str, Any]:
     """``{"level": "leak" | "none" | "unclear", "title": ..., "sentences": [...]}``.
 
-    "leak" needs verified pictures and a control that tells them from chance (p <= `EVIDENCE_P`). "none" needs that no attack that
+    "leak" needs verified pictures and a control that tells them from chance (p <= `EVIDENCE_P`), of the extraction attack or of the
+    attack on the fine-tuning. "none" needs that no attack that
     was run found anything: it is not given where members can be recognised, halves are completed or planted pictures are remembered.
     """
     privacy = report["privacy"] or {}
     level, title, sentences = _extraction(report, privacy)
+    if level != "leak" and attackwords.finetuning_evidence(privacy):
+        level, title = "leak", "Beside its base, the fine-tuned model gives training pictures away"
     known = _known_otherwise(privacy)
     if level != "leak" and known:
         heads = {"none": f"No training picture was extracted, but {known}", None: known[0].upper() + known[1:]}

@@ -15,6 +15,8 @@ def fabricate_attacks(folder: Path) -> dict[str, Any]:
     """Parts of ``privacy``; the tables and pictures that the page reads are written below ``folder``."""
     (folder / "inpainting").mkdir(parents=True)
     Image.fromarray(np.full((32, 32), 77, np.uint8)).save(folder / "inpainting" / "000017.png")
+    (folder / "finetuning" / "w-3").mkdir(parents=True)
+    Image.fromarray(np.full((32, 32), 99, np.uint8)).save(folder / "finetuning" / "w-3" / "000005.png")
     curve = [{"attack": "loss-strong", "unit": "record", "fpr": x, "tpr": y} for x, y in ((0, 0), (0.02, 0.4), (1, 1))]
     write_csv(folder / "attack" / "roc.csv", ["attack", "unit", "fpr", "tpr"], curve)
     risk = [_risk(rank) for rank in range(1, 4)]
@@ -29,6 +31,7 @@ def fabricate_attacks(folder: Path) -> dict[str, Any]:
         | {"blind_auc": 0.5123, "blind_ci95": [0.4567, 0.5678], "blind_method": "DeLong"},
         "set_test": {"p_value": 0.0021, "records_needed_50": 13, "records_needed_99": 57, "alpha": 0.01, "suspects": 39, "unit": "group"},
         "inpainting": _inpainting(),
+        "finetuning": _finetuning(),
         "canaries": _canaries(),
         "copy_metrics": _copy_metrics(),
         "prefilter": _prefilter(),
@@ -93,6 +96,35 @@ def _inpainting() -> dict[str, Any]:
         "pairs": [[True, 0.2, 0.1], [False, 0.2, 0.2]],
         "examples": [{"record_id": SECRET, "member": True, "l2": 0.0432, "fill": "inpainting/000017.png"}],
         "note": None,
+    }
+
+
+def _finetuning() -> dict[str, Any]:
+    def entry(weight: float, verified: int, p_value: float) -> dict[str, Any]:
+        return {
+            "weight": weight,
+            "generations": 1357,
+            "candidates": 83,
+            "verified": verified,
+            "rate_ci95": [0.0271, 0.1382],
+            "mean_l2": 0.1543,
+            "mean_l2_heldout": 0.1765,
+            "control": {"verified": 4, "verified_train_m": verified, "n": 77, "p_value": p_value / 2},
+            "p_value_holm": p_value,
+            "versus_baseline": None,
+            "sscd": None,
+        }
+
+    against = {"verified_only_here": 14, "verified_only_baseline": 6, "verified_p_value": 0.1153}
+    against |= {"gain": 0.0234, "gain_p_value": 0.0456}
+    similarity = {"average_similarity": 0.3692, "average_similarity_heldout": 0.2581}
+    similarity |= {"success_rate_0.6": 0.2213, "success_rate_0.7": 0.1122}
+    return {
+        "base": f"/somewhere/{SECRET}",
+        "pictures": 346,
+        "prompts": 29,
+        "weights": [entry(1.0, 15, 0.0625), entry(3.5, 23, 0.0014) | {"versus_baseline": against, "sscd": similarity}],
+        "examples": [{"weight": 3.5, "record_id": SECRET, "l2": 0.0321, "generation": "w-3/000005.png"}],
     }
 
 

@@ -60,3 +60,25 @@ def memoriser(images: np.ndarray) -> Clean:
         return torch.softmax(-distance / (2 * (1 - signal)), dim=1) @ pictures
 
     return clean
+
+
+def isotropic(variance: float) -> Clean:
+    """E[x_0 | x_t] of x_0 ~ N(0, variance) in every dimension."""
+    return lambda x, signal: signal.sqrt() * variance * x / (signal * variance + 1 - signal)
+
+
+def partial_memoriser(images: np.ndarray, mass: float, variance: float) -> Clean:
+    """E[x_0 | x_t] where x_0 is one of the pictures, uint8 [N, C, H, W], with probability ``mass``, else ~ N(0, variance)."""
+    pictures, rest = torch.from_numpy(images.reshape(len(images), -1)).double() / 127.5 - 1, isotropic(variance)
+    size = pictures.shape[1]
+
+    def clean(x: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:
+        a = float(signal[0])
+        spread = a * variance + 1 - a
+        of_each = -torch.cdist(x, a**0.5 * pictures).square() / (2 * (1 - a))
+        inside = np.log(mass / len(pictures)) + torch.logsumexp(of_each, 1) - size / 2 * np.log(1 - a)
+        outside = np.log(1 - mass) - x.square().sum(1) / (2 * spread) - size / 2 * np.log(spread)
+        share = torch.sigmoid(inside - outside)[:, None]
+        return share * (torch.softmax(of_each, 1) @ pictures) + (1 - share) * rest(x, signal)
+
+    return clean

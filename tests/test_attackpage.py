@@ -11,12 +11,16 @@ from tests.test_report import FORBIDDEN, Page, shows
 
 # text of every figure as the page must give it, by the section that holds it
 FIGURES = {
-    "cost": ["2 min 21 s", "1 min 2 s"],
+    "cost": ["2 min 21 s", "1 min 2 s", "1 min 33 s"],
     "membership": [
         "1,234", "2,345", "0.812", "0.780 to 0.844", "0.923", "42.3", "37.3", "Strong LiRA", "too few", "0.835", "29 people", "23 held out",
         "0.512", "0.457 to 0.568", "0.111", "1e-08", "Clopper-Pearson over 1,234 members", "0.0021", "13 people", "57",
     ],
     "inpainting": ["321", "11 fills", "0.099", "0.165", "0.067", "0.0008", "0.765", "0.654 to 0.843", "0.140", "0.234", "0.178", "0.212", "0.56"],
+    "finetuning": [
+        "29 prompts", "346", "1,357", "83", "3.5", "23", "2.7", "13.8", "4 of 77", "23 of 77", "0.0014", "0.062", "0.154", "0.176", "14", "6",
+        "0.12", "0.023", "0.046", "0.369", "0.258", "22.1", "11.2", "l2 0.032",
+    ],
     "canaries": ["1,024", "2.72", "9.88", "33.3", "0.018", "8.77", "64 times", "once", "0.654", "0.0031", "151 of 202", "0.834", "1.987"],
     "copy-metrics": ["above 0.432", "131", "19", "5.4", "a rule", "71", "61", "53", "4,686", "SSIM", "143 generations, 23 pictures above 0.765, 6.4", "38.1", "0.412", "0.743", "0.398", "0.657"],
     "prefilter": [
@@ -30,7 +34,7 @@ FIGURES = {
 def make(folder, restricted=False):
     run = Fabricated(folder / "run")
     run.report["privacy"] |= fabricate_attacks(run.folder)
-    run.report["cost"] |= {"membership_seconds": 141.2, "inpainting_seconds": 62.4}
+    run.report["cost"] |= {"membership_seconds": 141.2, "inpainting_seconds": 62.4, "finetuning_seconds": 93.1}
     render(run.folder, run.report, images=run.image, restricted=restricted, config=ReportConfig())
     return run, Page(run.folder / "report.html")
 
@@ -61,7 +65,7 @@ def test_reconstructions_stand_beside_their_pictures(opened):
     run, page = opened
     row = int(SECRET.removeprefix("rec"))
     assert shows(page, run.training[row : row + 1]) == [True]
-    assert any((image == 77).all() for image in page.pictures())
+    assert all(any((image == value).all() for image in page.pictures()) for value in (77, 99))
 
 
 def test_restricted_pages_show_neither_pictures_nor_ids(tmp_path):
@@ -85,13 +89,14 @@ def test_the_card_and_the_verdict_tell_of_them(opened):
         assert " ".join(text.split()) in page.visible
     assert "0.923 (95 %: 0.891 to 0.956" in card and "Strong LiRA" in card
     assert "0.067 in l2 nearer than held-out ones (p = 0.0008)" in card
+    assert "w = 3.5), 23 of 346 distinct training pictures" in card and "4 of 77 held-out pictures (p = 0.0014)" in card
     assert "64 times has an exposure of 8.8 of at most 10.0 bits" in card
 
 
 def test_a_failed_check_withdraws_the_evidence(tmp_path):
     run = Fabricated(tmp_path / "run", verified=0)
     parts = fabricate_attacks(run.folder)
-    parts["canaries"] = None  # they need no other side
+    parts["canaries"] = parts["finetuning"] = None  # they need no other side
     parts["membership_check"] |= {"passed": False, "note": "the sides come from two cameras"}
     run.report["privacy"] |= parts
     render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())

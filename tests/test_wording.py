@@ -87,6 +87,27 @@ def canaries(trend: float, most: float) -> dict:
     return {"kinds": {"noise": {"by_copies": rows, "trend": {"p_value": trend}, "ceiling": 10.0}}}
 
 
+def finetuning(verified: int, p_value: float | None) -> dict:
+    """``privacy.finetuning`` with one weight beside the model alone."""
+    control = None if p_value is None else {"verified": 0, "n": 30, "p_value": p_value}
+    entry = {"weight": 3.0, "verified": verified, "p_value_holm": p_value, "rate_ci95": [0.0, 0.3], "control": control}
+    entry |= {"versus_baseline": {"gain": 0.01, "gain_p_value": None if p_value is None else 0.2}}
+    return {"pictures": 40, "weights": [entry | {"weight": 1.0, "verified": 0, "p_value_holm": None}, entry]}
+
+
+@pytest.mark.parametrize(
+    ("verified", "p_value", "level"), [(5, 0.01, "leak"), (5, 0.2, "none"), (5, None, "none"), (0, 0.01, "none")]
+)
+def test_what_the_fine_tuning_gives_away_counts_against_its_control_alone(verified, p_value, level):
+    report = fabricate_report(0)
+    report["privacy"]["finetuning"] = finetuning(verified, p_value)
+    outcome = verdict(report)
+    assert outcome["level"] == level and ("gives training pictures away" in outcome["title"]) == (level == "leak")
+    text = " ".join(outcome["sentences"])
+    assert f"(w = 3), {verified} of 40 distinct training pictures" in text
+    assert ("no control: not evidence" in text) == (p_value is None)
+
+
 @pytest.mark.parametrize(
     ("change", "title"),
     [

@@ -151,7 +151,7 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
     parts = pipelines.load(source, None if base is not None else config.revision)
     check_size(parts, image_size)
     adapters.apply(parts.unet, config.adapter, config.trainable)
-    model = LatentModel(parts, config.train_text_encoder)
+    model = LatentModel(parts, config.train_text_encoder or base is not None)  # a random text encoder says nothing
     if model.trains_text:
         for encoder in model.text_encoders:
             prepare_text_encoder(encoder, config, len(parts.text_encoders))

@@ -1,6 +1,6 @@
 """The choice of model, and the denoising networks: diffusers' `UNet2DModel` in pixel space, unconditional or class-conditional."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from defenses.errors import UserError
 from train import adapters
+from train.autoencoder import ScratchConfig
 
 # Block widths, residual layers per block, levels with attention. "base" has the layout of google/ddpm-cifar10-32 and "large"
 # that of diffusers' unconditional training example, so that their published figures can be compared.
@@ -42,6 +43,7 @@ class ModelConfig:
     # latent: whether the text encoders are trained too, whole or, with an adapter, by adapters of their own; from scratch they
     # always are
     train_text_encoder: bool = False
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)  # latent, where `pretrained` is null
     cache: bool = True  # latent: keep latents and text embeddings on disk, where no defense changes the pictures or captions
 
     def __post_init__(self):

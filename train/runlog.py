@@ -41,7 +41,8 @@ WHILE_TRAINING = tuple(
 )
 # Attacks on the finished model: they may be switched and changed until the report is written. What they keep carries its settings.
 BEFORE_THE_REPORT = tuple(
-    f"attack.{name}" for name in ("membership", "inpainting", "canaries", "copy_metrics", "prefilter", "risk")
+    f"attack.{name}"
+    for name in ("membership", "inpainting", "finetuning", "canaries", "copy_metrics", "prefilter", "risk")
 )
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
