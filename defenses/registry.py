@@ -13,9 +13,9 @@ from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.earlystop import EarlyStop, EarlyStopConfig
 from defenses.errors import UserError
 from defenses.outputfilter import OutputFilter, OutputFilterConfig
+from defenses.promptperturbation import PromptPerturbation, PromptPerturbationConfig
 from defenses.scrub import Scrub, ScrubConfig
 from defenses.textfilter import TextFilter, TextFilterConfig
-from defenses.promptperturbation import PromptPerturbation, PromptPerturbationConfig
 
 
 @dataclass(kw_only=True)

@@ -250,7 +250,9 @@ def released_losses(
     """
     schedule = DDPMScheduler.from_pretrained(model_folder, subfolder="scheduler", local_files_only=True)
     if config.model.family == "latent":
-        losses = canary_losses(LatentModel(load_pipeline(model_folder)), schedule, dataset, rows, classes, accelerator, draws)
+        losses = canary_losses(
+            LatentModel(load_pipeline(model_folder)), schedule, dataset, rows, classes, accelerator, draws
+        )
         if config.model.pretrained is None:
             return losses
         start = LatentModel(load_pipeline(config.model.pretrained, config.model.revision))

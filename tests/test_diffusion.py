@@ -70,7 +70,9 @@ def test_the_two_predictions_weight_the_error_of_the_image_alike():
 def test_draw_is_per_record():
     schedule = noise_schedule(DiffusionConfig())
     images = torch.zeros(64, 1, 4, 4)
-    batch = draw(Batch(images, np.arange(64), None, RecordRandom(0, 0, range(64), [0] * 64)), schedule, DiffusionConfig())
+    batch = draw(
+        Batch(images, np.arange(64), None, RecordRandom(0, 0, range(64), [0] * 64)), schedule, DiffusionConfig()
+    )
     single = draw(Batch(images[:1], np.array([9]), None, RecordRandom(0, 0, [9], [0])), schedule, DiffusionConfig())
     assert batch.timesteps[9] == single.timesteps[0]
     torch.testing.assert_close(batch.noise[9], single.noise[0], rtol=0, atol=0)
@@ -80,7 +82,9 @@ def test_draw_is_per_record():
 def test_uniform_timesteps_are_drawn_as_ever():
     """Runs without weights must not change: these are the first integers of each record's stream."""
     random = RecordRandom(3, 7, range(8), [0] * 8)
-    batch = draw(Batch(torch.zeros(8, 1, 2, 2), np.arange(8), None, random), noise_schedule(DiffusionConfig()), DiffusionConfig())
+    batch = draw(
+        Batch(torch.zeros(8, 1, 2, 2), np.arange(8), None, random), noise_schedule(DiffusionConfig()), DiffusionConfig()
+    )
     assert torch.equal(batch.timesteps, random.integers("timestep", 1000))
 
 
@@ -117,7 +121,11 @@ def test_weighted_timesteps_are_per_record_and_leave_the_noise_alone():
 
     def drawn(rows, weights):
         random = RecordRandom(0, 0, rows, [0] * len(rows))
-        return draw(Batch(torch.zeros(len(rows), 1, 4, 4), np.array(rows), None, random), schedule, DiffusionConfig(timestep_weights=weights))
+        return draw(
+            Batch(torch.zeros(len(rows), 1, 4, 4), np.array(rows), None, random),
+            schedule,
+            DiffusionConfig(timestep_weights=weights),
+        )
 
     batch, single, plain = drawn(range(64), [0, 1, 1, 0]), drawn([9], [0, 1, 1, 0]), drawn(range(64), None)
     assert batch.timesteps[9] == single.timesteps[0] and torch.equal(batch.noise, plain.noise)

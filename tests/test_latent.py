@@ -94,7 +94,12 @@ def test_cross_attention_alone(folders, tmp_path):
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("text", ["true", "false"])
 def test_lora_reproduces_the_merged_pipeline_and_the_previews(folders, tmp_path, kind, text):
-    options = ["model.adapter.rank=2", "model.adapter.alpha=6", "train.learning_rate=0.1", f"model.train_text_encoder={text}"]
+    options = [
+        "model.adapter.rank=2",
+        "model.adapter.alpha=6",
+        "train.learning_rate=0.1",
+        f"model.train_text_encoder={text}",
+    ]
     _, directory, _ = run(tmp_path, folders[kind], *options)
     assert not [path for path in (directory.checkpoints / "step-7").iterdir() if path.stat().st_size > 400_000]
     whole = DiffusionPipeline.from_pretrained(directory.model)
@@ -165,7 +170,9 @@ def objective_of(folder: Path, prediction: str, **options) -> TextObjective:
 
     config = DiffusionConfig(prediction=prediction, noise_schedule="scaled_linear", snr_gamma=None)
     model = LatentModel(load(folder))
-    return TextObjective(model, config, noise_schedule(config), **{"caption_dropout": 0.0, "precision": "fp32"} | options)
+    return TextObjective(
+        model, config, noise_schedule(config), **{"caption_dropout": 0.0, "precision": "fp32"} | options
+    )
 
 
 def batch_of(count: int = 3, **fields) -> Batch:
@@ -189,7 +196,9 @@ def test_loss_against_diffusers_by_hand(folders, prediction):
         schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
         output = pipeline.unet(noisy, batch.timesteps, encoder_hidden_states=text)[0]
-        target = batch.noise if prediction == "epsilon" else schedule.get_velocity(latents, batch.noise, batch.timesteps)
+        target = (
+            batch.noise if prediction == "epsilon" else schedule.get_velocity(latents, batch.noise, batch.timesteps)
+        )
         expected = (output - target).square().mean(dim=(1, 2, 3))
         assert torch.allclose(objective.loss(objective.model, batch), expected, rtol=1e-4)
 
@@ -269,7 +278,12 @@ def test_resume_with_another_base_is_refused(folders, tmp_path):
 
 def test_dp_sgd_on_lora(folders, tmp_path):
     """Gradients per record through the whole seam; the start-up check compares them with a loop."""
-    options = ["defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "model.adapter.rank=2", "train.preview_every=0"]
+    options = [
+        "defenses.dpsgd.epsilon=8",
+        "defenses.dpsgd.test_seed=1",
+        "model.adapter.rank=2",
+        "train.preview_every=0",
+    ]
     facts, directory, _ = run(tmp_path, folders["sd"], *options)
     assert facts["defenses"][0]["claim"]["kind"] == "dp"
     assert moved(folders["sd"], directory.model, "unet")

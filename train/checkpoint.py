@@ -83,7 +83,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
 def _names(model: nn.Module) -> tuple[list[str], set[str]]:
     """Of the trained parameters, in order, and of those that are not trained."""
     named = list(model.named_parameters())
-    return [name for name, each in named if each.requires_grad], {name for name, each in named if not each.requires_grad}
+    return [name for name, each in named if each.requires_grad], {
+        name for name, each in named if not each.requires_grad
+    }
 
 
 def latest(checkpoints: Path) -> Path | None:

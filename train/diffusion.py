@@ -28,7 +28,9 @@ class DiffusionConfig:
     # (Stable Diffusion)
     beta_start: float | None = None
     beta_end: float | None = None
-    offset_noise: float = 0.0  # standard deviation of a constant added to the noise of each channel (Guttenberg 2023); 0: none
+    offset_noise: float = (
+        0.0  # standard deviation of a constant added to the noise of each channel (Guttenberg 2023); 0: none
+    )
     snr_gamma: float | None = 5.0  # min-SNR weighting (Hang et al. 2023); null: unweighted loss
     # relative probability of equally long stretches of the schedule, from clean to noisy, e.g. [1, 3, 3, 1]; null: uniform
     timestep_weights: list[float] | None = None
@@ -42,7 +44,9 @@ class DiffusionConfig:
             )
         for key in ("beta_start", "beta_end"):
             if getattr(self, key) is not None and not 0 < getattr(self, key) < 1:
-                raise UserError(f"train.diffusion.{key}", f"{getattr(self, key)} is not in (0, 1)", "null: the usual one")
+                raise UserError(
+                    f"train.diffusion.{key}", f"{getattr(self, key)} is not in (0, 1)", "null: the usual one"
+                )
         if not 0 <= self.offset_noise < math.inf:
             raise UserError("train.diffusion.offset_noise", f"{self.offset_noise} is negative", "0.1 is usual; 0: none")
         if self.timestep_weights is not None:

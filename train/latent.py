@@ -210,7 +210,9 @@ def check_schedule(config: ModelConfig, schedule: DDPMScheduler, parts: Parts) -
     }
     if wrong:
         fitting = " ".join(f"train.diffusion.{key}={value}" for key, value in wrong.items())
-        raise UserError(f"train.diffusion.{next(iter(wrong))}", f"differs from that of {parts.source}", f"set {fitting}")
+        raise UserError(
+            f"train.diffusion.{next(iter(wrong))}", f"differs from that of {parts.source}", f"set {fitting}"
+        )
 
 
 def save(folder: Path, model: LatentModel, schedule: DDPMScheduler) -> None:
@@ -232,4 +234,3 @@ def conditions_of(model: LatentModel, prompts: Sequence[str], known: Callable | 
     found, place = encode(distinct), {prompt: index for index, prompt in enumerate(distinct)}
     order = [place[prompt] for prompt in prompts]
     return Condition(found.text[order], None if found.pooled is None else found.pooled[order])
-

@@ -124,7 +124,10 @@ class Trainer:
         random = RecordRandom(self.seed, 0, range(count), [0] * count)
         noise = (random.uniform("example", *found["images"].shape[1:]) * 255).to(torch.uint8)
         noise[negated] = 255 - noise[negated]
-        fields = {"images": noise, "labels": found["labels"] if found["labels"] is None else found["labels"].new_zeros(count)}
+        fields = {
+            "images": noise,
+            "labels": found["labels"] if found["labels"] is None else found["labels"].new_zeros(count),
+        }
         if found.get("captions") is not None:
             fields["captions"] = ["one two"] * count
             fields["captions"][negated] = ["three"] * len(fields["captions"][negated])
@@ -136,8 +139,11 @@ class Trainer:
         device = self.accelerator.device
         images = fields["images"].to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
         labels, version = fields["labels"], images._version
-        batch = Batch(**{**fields, "images": images, "labels": labels if labels is None else labels.to(device)},
-                      rows=rows, random=random)
+        batch = Batch(
+            **{**fields, "images": images, "labels": labels if labels is None else labels.to(device)},
+            rows=rows,
+            random=random,
+        )
         for defense in self.defenses:
             batch = defense.change_batch(batch)
         if batch.images is not images or images._version != version:

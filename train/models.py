@@ -44,7 +44,9 @@ class ModelConfig:
     # always are
     train_text_encoder: bool = False
     scratch: ScratchConfig = field(default_factory=ScratchConfig)  # latent, where `pretrained` is null
-    cache: bool = True  # latent: keep latents and text embeddings on disk, where no defense changes the pictures or captions
+    cache: bool = (
+        True  # latent: keep latents and text embeddings on disk, where no defense changes the pictures or captions
+    )
 
     def __post_init__(self):
         if self.family == "gan":

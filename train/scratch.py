@@ -102,6 +102,8 @@ def make(
         return json.loads((folder / FACTS).read_text())
     if folder.exists():
         raise UserError(str(folder), "is not a pipeline made from scratch", "remove it")
+    if size not in SIZES:
+        raise UserError("model.size", f"{size} is not offered from scratch for text", f"choose {', '.join(SIZES)}")
     sizes, (channels, image_size) = SIZES[size], images.shape[1:3]
     check_size(sizes, image_size)
     tokenizer = learn(captions, sizes.vocabulary)

@@ -28,8 +28,8 @@ from train.loop import Trainer
 from train.models import memory_format, parameter_count
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import build_optimizer, build_schedule
-from train.plan import EpochPlan
 from train.pipelines import frozen_digest
+from train.plan import EpochPlan
 from train.planting import SPLIT as CANARY
 from train.records import class_frequency, class_names, labels_of, pool_of, trained_rows
 from train.runlog import RunDirectory
@@ -203,7 +203,9 @@ def refuse_combinations(config: SimpleNamespace, defenses: list[Defense]) -> Non
             )
         if not families.of(config.model).captioned and (defense.needs_captions or defense.wants):
             raise UserError(
-                f"defenses.{defense.name}", f"is for text-to-image models, not family {config.model.family}", "switch it off"
+                f"defenses.{defense.name}",
+                f"is for text-to-image models, not family {config.model.family}",
+                "switch it off",
             )
 
 

@@ -23,7 +23,9 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps
     batch_size: int = 64  # images per optimizer step, over all processes and accumulation
     caption_dropout: float = 0.1  # text-to-image: share of records that are trained without their caption, for guidance
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, about a third slower
+    )
     compile: bool = False  # torch.compile of the network
     accumulation: int = 1  # micro-batches per process and step
     learning_rate: float = 1e-3

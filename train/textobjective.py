@@ -115,7 +115,9 @@ class TextObjective:
     def magnitude(self, prediction: torch.Tensor, without: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """l2 norm of the difference that the caption makes to the predicted noise, float32 [B] (Wen et al. 2024, equation 4)."""
         difference = (prediction.float() - without.float()).flatten(1).norm(dim=1)
-        if self.schedule.config.prediction_type == "v_prediction":  # noise = sqrt(a) v + sqrt(1 - a) x, for one and the same x
+        if (
+            self.schedule.config.prediction_type == "v_prediction"
+        ):  # noise = sqrt(a) v + sqrt(1 - a) x, for one and the same x
             signal = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps].sqrt()
             difference = difference * signal
         return difference
@@ -133,6 +135,4 @@ def objective(
 ) -> Objective:
     """Denoising of latents at random timesteps; held-out losses at evenly spread ones. Arguments: see `TextObjective`."""
     found = TextObjective(model, config, schedule, caption_dropout, precision, frozenset(wants), encode)
-    return Objective(
-        loss=found.loss, heldout_loss=partial(found.loss, told=False), draw=found.draw, fix=found.fix
-    )
+    return Objective(loss=found.loss, heldout_loss=partial(found.loss, told=False), draw=found.draw, fix=found.fix)

@@ -4,7 +4,7 @@ For models without text every function here gives nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from defenses import registry
 from defenses.base import Batch, Defense
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, derive
-from train import families
+from train import families, scratch
 from train.cache import cached_conditions, cached_moments
 from train.conditioner import Condition
 from train.data import Dataset
@@ -85,8 +85,6 @@ def prepare_base(
     base = base_of(config, directory.path)
     if base is None:
         return
-    from train import scratch
-
     private = registry.private(config.defenses)
     if private:
         raise UserError(
@@ -96,23 +94,27 @@ def prepare_base(
         )
     rows = trained_rows(dataset)
     captions, more = captions_of(config, dataset, defenses)
+    settings = config.model.scratch if trained else replace(config.model.scratch, autoencoder_steps=1)
+    # a picture's copies would draw the autoencoder's attention to it; with and without deduplication it sees the same
+    first = dict(reversed([(dataset.records[row].cluster, row) for row in rows]))
     scratch.make(
         base,
-        config=config.model.scratch,
+        config=settings,
         size=config.model.size,
         captions=sorted({text for row in rows for text in (captions[row], *more[row])}),
         images=dataset.images,
-        rows=rows,
+        rows=np.sort(np.array(list(first.values()), dtype=np.int64)),
         heldout=dataset.rows("heldout"),
         schedule=noise_schedule(config.train.diffusion),
         seed=config.run.seed,
         precision=config.train.precision,
         accelerator=accelerator,
-        trained=trained,
     )
 
 
-def captions_of(config: SimpleNamespace, dataset: Dataset, defenses: list[Defense]) -> tuple[list[str], list[list[str]]]:
+def captions_of(
+    config: SimpleNamespace, dataset: Dataset, defenses: list[Defense]
+) -> tuple[list[str], list[list[str]]]:
     """Captions of every record as they are trained on: rewritten by the defenses; "" where there is none.
 
     Raises:
@@ -121,7 +123,9 @@ def captions_of(config: SimpleNamespace, dataset: Dataset, defenses: list[Defens
     rows = trained_rows(dataset)
     if config.data.caption_key is None or not any(dataset.records[row].caption for row in rows):
         key = config.data.caption_key
-        what = "is null, and a text-to-image model is trained on captions" if key is None else f"{key}: no caption there"
+        what = (
+            "is null, and a text-to-image model is trained on captions" if key is None else f"{key}: no caption there"
+        )
         raise UserError("data.caption_key", what, "name the column of the captions")
     captions = [record.caption or "" for record in dataset.records]
     more = [list(record.more_captions) for record in dataset.records]
