@@ -16,7 +16,7 @@ from tqdm import tqdm
 from defenses.base import Defense, SamplingContext
 from defenses.errors import UserError
 from defenses.seeding import derive, generator
-from defenses.textmodel import TextCondition
+from defenses.textmodel import TextCondition, TextModel
 from eval.config import GenerateConfig
 from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
@@ -48,6 +48,7 @@ class Source:
     class_frequency: np.ndarray  # int64 [classes]; empty for unconditional models
     facts: dict[str, Any]  # the part `model` of report.json
     sampler: dict[str, Any] | None = None  # what drew the images, where it is not the sampler of the configuration
+    text_model: TextModel | None = None  # what a defense at seam 6 may ask, of a text-to-image model
 
 
 def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device) -> Source:
@@ -134,7 +135,7 @@ def _text_source(
     def draw(indices: Sequence[int], prompts: Sequence[str] | None) -> torch.Tensor:
         return _fit(sampler(indices, prompts), shape)
 
-    return Source("prompted", draw, np.zeros(0, dtype=np.int64), facts, text_sampler_of(config))
+    return Source("prompted", draw, np.zeros(0, dtype=np.int64), facts, text_sampler_of(config), sampler)
 
 
 def text_sampler_of(config: GenerateConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,7 +121,8 @@ def generate(
             bare = draw(source, unguarded_folder(target), "prompts_guard_off", prompts, target, config, accelerator)
             if bare.streamed is None:
                 samples.reuse(source, bare.folder, prompts)
-            samples.wrap(source, target.defenses, sampling_context(target, config, accelerator))
+            context = sampling_context(target, config, accelerator)
+            samples.wrap(source, target.defenses, replace(context, text_model=source.text_model))
         images = draw(source, target.generations, "prompts", prompts, target, config, accelerator)
     return source, images, bare
 

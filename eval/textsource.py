@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from defenses.textmodel import TextCondition
 from train import pipelines
-from train.latent import LatentModel
+from train.conditioner import Condition
+from train.diffusion import autocast
+from train.latent import LatentModel, conditions_of, predict, time_ids
 from train.models import memory_format
 from train.sampling import SamplerConfig
-from train.textsampling import sample
+from train.textsampling import build_sampler, latent_shape, sample, start_noise
 
 CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -40,7 +43,7 @@ def side_of(model: LatentModel, known: dict[str, Any]) -> int:
 
 
 class TextSampler:
-    """``draw`` of `eval.samples.Source` for a text-to-image model.
+    """``draw`` of `eval.samples.Source` for a text-to-image model, and what a defense may ask of it (`defenses.textmodel.TextModel`).
 
     Args:
         channels: of the data; images are made grey where it is 1.
@@ -49,9 +52,56 @@ class TextSampler:
     def __init__(self, model: LatentModel, config: SamplerConfig, precision: str, seed: int, side: int, channels: int):
         self.model, self.config, self.precision, self.seed = model, config, precision, seed
         self.shape = (channels, side, side)
+        self.device = next(model.parameters()).device
+        self.scheduler = build_sampler(config, model.parts.scheduler.config)
+        self.scheduler.set_timesteps(config.steps, device=self.device)
+        self.first_timestep = int(self.scheduler.timesteps[0])
 
-    def __call__(self, indices: Sequence[int], prompts: Sequence[str]) -> torch.Tensor:
+    def __call__(self, indices: Sequence[int], prompts: Sequence[str | TextCondition]) -> torch.Tensor:
         """Float32 [n, C, side, side] in [0, 1]."""
-        return sample(
-            self.model, self.config, indices, self.shape, seed=self.seed, prompts=prompts, precision=self.precision
-        )
+        texts = [each.prompt if isinstance(each, TextCondition) else each for each in prompts]
+        conditions = None
+        if any(isinstance(each, TextCondition) for each in prompts):
+            conditions = self.condition(texts)
+            for row, each in enumerate(prompts):
+                if isinstance(each, TextCondition):
+                    conditions.text[row] = each.text
+                    if conditions.pooled is not None:
+                        conditions.pooled[row] = each.pooled
+        options = {"prompts": texts, "conditions": conditions, "precision": self.precision}
+        return sample(self.model, self.config, indices, self.shape, seed=self.seed, **options)
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        with autocast(self.device, self.precision):
+            return conditions_of(self.model, prompts)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `TextModel`."""
+        found = self.condition(prompts)
+        return found.text, found.pooled
+
+    def null(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `TextModel`."""
+        with autocast(self.device, self.precision):
+            found = self.model.conditioner.empty()
+        return found.text, found.pooled
+
+    def start(self, prompts: Sequence[str], indices: Sequence[int]) -> torch.Tensor:
+        """See `TextModel`."""
+        shape = latent_shape(self.model, self.shape[1])
+        pairs = zip(prompts, indices, strict=True)
+        noise = torch.stack([start_noise(self.seed, prompt, index, shape) for prompt, index in pairs])
+        return (noise * self.scheduler.init_noise_sigma).to(self.device)
+
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `TextModel`."""
+        ids = torch.tensor([time_ids(self.shape[1])] * len(latents), device=self.device)
+        with autocast(self.device, self.precision):
+            output = predict(self.model.unet, latents, timesteps, Condition(text, pooled), ids).float()
+        if self.scheduler.config.prediction_type == "epsilon":
+            return output
+        signal = self.scheduler.alphas_cumprod.to(self.device)[timesteps][:, None, None, None]
+        return signal.sqrt() * output + (1 - signal).sqrt() * latents

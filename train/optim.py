@@ -24,6 +24,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     # Clip the gradient of the batch to this l2 norm. auto: 1.0, or never where a defense owns the gradient; null: never.
     max_grad_norm: float | str | None = "auto"
+    eight_bit: bool = False  # moments in 8 bits by blocks (Dettmers et al. 2022), through bitsandbytes
 
     def __post_init__(self):
         if self.warmup_steps < 0:
@@ -33,11 +34,38 @@ class OptimizerConfig:
             raise UserError("train.optimizer.max_grad_norm", f"{norm} is not positive", "null switches it off")
 
 
-def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over ``parameters``."""
+def build_optimizer(
+    config: OptimizerConfig, parameters: list[nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW over ``parameters``.
+
+    Raises:
+        UserError: its 8-bit form is not installed, or does not work on this device.
+    """
     betas = (config.beta1, config.beta2)
+    if config.eight_bit:
+        return _eight_bit(parameters, lr=learning_rate, betas=betas, weight_decay=config.weight_decay)
     fused = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused)
+
+
+def _eight_bit(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Tried on a small tensor first: an unsupported device fails at the first step only."""
+    key, remedy = "train.optimizer.eight_bit", "set it to false"
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # of the library's own loader too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(key, f"needs bitsandbytes: {reason}", f"pip install bitsandbytes, or {remedy}") from error
+    try:
+        trial = nn.Parameter(torch.ones(8192, device=parameters[0].device))
+        optimizer = AdamW8bit([trial], **settings)
+        trial.grad = torch.ones_like(trial)
+        optimizer.step()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(key, f"does not work on {parameters[0].device.type}: {reason}", remedy) from error
+    return AdamW8bit(parameters, **settings)
 
 
 def build_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int):

@@ -19,6 +19,12 @@ def build_sampler(config: SamplerConfig, schedule: dict):
     return DPMSolverMultistepScheduler.from_config(schedule, timestep_spacing="trailing", solver_order=2)
 
 
+def latent_shape(model: LatentModel, size: int) -> tuple[int, int, int]:
+    """(c, h, w) of the latents of pictures of ``size`` pixels."""
+    side = size // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return model.unet.config.in_channels, side, side
+
+
 def start_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> torch.Tensor:
     """Start noise of one image, float32 of ``shape`` (c, h, w): of the prompt's text and the sample index alone."""
     return torch.randn(tuple(shape), generator=generator(seed, "sample", derive(0, prompt), int(index)))
@@ -55,8 +61,7 @@ def sample(
     condition = condition.to(device)
     scheduler = build_sampler(config, model.parts.scheduler.config)
     scheduler.set_timesteps(config.steps, device=device)
-    side = size // 2 ** (len(model.vae.config.block_out_channels) - 1)
-    own = (model.unet.config.in_channels, side, side)
+    own = latent_shape(model, size)
     start = torch.stack([start_noise(seed, p, i, own) for p, i in zip(prompts, indices, strict=True)])
     latents = (start * scheduler.init_noise_sigma).to(device)
     ids = torch.tensor([time_ids(size)] * len(latents), device=device)
