@@ -158,7 +158,8 @@ def _load_pretrained(config: ModelConfig, image_size: int, channels: int, classe
             "set data.channels and data.label_key to match, or choose another model",
         )
     _check_size(image_size, len(model.config.block_out_channels))
-    model.register_to_config(sample_size=image_size)  # what the saved pipeline draws
+    # what the saved pipeline draws; no path of this machine in what is published
+    model.register_to_config(sample_size=image_size, _name_or_path="")
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = config.dropout
