@@ -252,6 +252,8 @@ def begin(
         accelerator=accelerator,
         planted=dataset.rows(CANARY, kept=True),
         left_out=sum(record.canary == "coin" and not record.kept for record in dataset.records),
+        timesteps=settings.diffusion.timesteps,
+        quiet=any(defense.private for defense in defenses) and not config.report.nonprivate_metrics,
     )
     for defense in defenses:
         defense.begin(context)
