@@ -136,6 +136,13 @@ def test_what_happens_to_a_record_depends_on_nothing_else():
     assert 5 < len(same) < 35 and [both[place] for place in same] == [whole[place] for place in same]
 
 
+def test_changes_are_independent_of_each_other():
+    words = {"insert_count": 1, "insert_kind": "numbers", "repeat_count": 1}
+    changed = captions_of(make_batch(2000, "a"), insert_probability=0.5, repeat_probability=0.5, **words)
+    both = sum(caption.split().count("a") == 2 and len(caption.split()) == 3 for caption in changed)
+    assert within(both, 2000, 0.25)
+
+
 def test_the_first_caption_and_the_images_are_left_in_the_batch():
     batch = make_batch(4, "a", ["b"])
     Captions(CaptionsConfig()).change_batch(batch)

@@ -99,6 +99,10 @@ def test_each_caption_by_itself_and_in_any_order_of_patterns():
         )
 
 
+def test_a_match_inside_another_goes_with_it():
+    assert Scrub(ScrubConfig(patterns=["abcdef", "bc"])).rewrite(["x abcdefgh"]) == ["x gh"]
+
+
 def test_own_patterns():
     scrub = Scrub(ScrubConfig(patterns=[r"mhh-[0-9a-f]{8}", r"(?i)ward \d"]))
     assert scrub.rewrite(["film of mhh-024e7871, WARD 3"]) == ["film of"]
