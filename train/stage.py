@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,9 +237,12 @@ def begin(
     defenses: list[Defense],
 ) -> None:
     """Tells every defense of the run; any may refuse it."""
-    settings = config.train
+    settings, pool = config.train, pool_of(dataset, config.run.seed)
+    if families.of(config.model).captioned:  # as they are trained on
+        captions, more = textstage.captions_of(config, dataset, defenses)
+        pool = replace(pool, caption=captions, more_captions=more)
     context = RunContext(
-        pool=pool_of(dataset, config.run.seed),
+        pool=pool,
         control=dataset.rows("calibration"),
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -253,7 +256,7 @@ def begin(
         planted=dataset.rows(CANARY, kept=True),
         left_out=sum(record.canary == "coin" and not record.kept for record in dataset.records),
         timesteps=settings.diffusion.timesteps,
-        quiet=any(defense.private for defense in defenses) and not config.report.nonprivate_metrics,
+        quiet=is_quiet(config, defenses),
     )
     for defense in defenses:
         defense.begin(context)
