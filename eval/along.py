@@ -15,7 +15,7 @@ from eval.measure import attack, quality_of
 from eval.target import Target, timed
 from train.checkpoint import all_steps
 from train.files import write_json
-from train.stage import checkpoint_pipeline
+from train.release import checkpoint_pipeline
 
 # What is kept of ``privacy.extraction``: the settings and the sampler are those of the report itself.
 KEPT = ("generations", "candidates", "verified", "verified_units", "rate", "rate_ci95", "at_l2", "control", "by_copies")

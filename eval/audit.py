@@ -30,7 +30,7 @@ from train.latent import LatentModel
 from train.models import build, memory_format
 from train.pipelines import load as load_pipeline
 from train.records import labels_of
-from train.stage import RECORD
+from train.release import RECORD
 from train.textobjective import TextObjective
 
 CONFIDENCE = 0.95

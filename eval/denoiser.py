@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from defenses.errors import UserError
 from train.gan import PIPELINE as GAN_PIPELINE
 from train.models import memory_format
-from train.stage import SIDECAR
+from train.release import SIDECAR
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 Condition = dict[str, torch.Tensor]  # keyword arguments of the network, each [B, ...]; empty: unconditional

@@ -18,7 +18,7 @@ from defenses.errors import UserError
 from eval.audit import DRAWS, released_losses, summary
 from train.data import Dataset
 from train.planting import drawn
-from train.stage import RECORD
+from train.release import RECORD
 
 COLUMNS = ["canary", "kind", "role", "copies", "included", "score", "exposure"]
 HIGH = 5.0  # bits: 1 in 32 pictures that were never shown has so much or more

@@ -24,8 +24,8 @@ from eval.suite import Finding, Scene
 from eval.target import Target
 from train.data import Record
 from train.files import atomic
+from train.release import SIDECAR
 from train.sampling import to_pil, to_uint8
-from train.stage import SIDECAR
 
 FOLDER = "inpainting"  # below the output: what was kept of each picture, by its row in the data set
 PLACE = 0.1  # of the schedule, where losses are compared: t = 100 of T = 1000

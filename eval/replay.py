@@ -19,24 +19,16 @@ from defenses.ranks import on_main
 from defenses.registry import CLASSES
 from eval.target import Target, target_of
 from train.checkpoint import all_steps
+from train.combinations import is_quiet, sampling_frequency
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.files import write_json
 from train.models import memory_format
 from train.monitor import sample_on_all_ranks
 from train.records import pool_of
+from train.release import RECORD, checkpoint_model, checkpoint_pipeline, describe, facts_at, write_sidecar
 from train.runlog import RunDirectory
-from train.stage import (
-    RECORD,
-    begin,
-    checkpoint_model,
-    checkpoint_pipeline,
-    describe,
-    facts_at,
-    is_quiet,
-    sampling_frequency,
-    write_sidecar,
-)
+from train.stage import begin
 from train.textstage import preview_prompts
 
 

@@ -30,8 +30,8 @@ from train import config as configuration
 from train.data import prepare
 from train.loop import Interrupted
 from train.manifest import write_manifest
+from train.release import SIDECAR
 from train.runlog import RunConfig, RunDirectory
-from train.stage import SIDECAR
 
 TARGETS = ("run_dir", "pipeline", "generations")
 

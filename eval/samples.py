@@ -27,8 +27,8 @@ from train.gan import PIPELINE as GAN_PIPELINE
 from train.gan import GANPipeline
 from train.gan import sample as sample_gan
 from train.models import memory_format, parameter_count
+from train.release import SIDECAR
 from train.sampling import blocks, class_of_sample, sample
-from train.stage import SIDECAR
 
 INDEX = ["file", "index", "seed", "condition", "withheld"]  # columns of index.csv
 UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a foreign model

@@ -33,8 +33,9 @@ from train.files import atomic, write_json
 from train.loop import Interrupted
 from train.planting import SPLIT as CANARY
 from train.records import select_records
+from train.release import RECORD, SIDECAR
 from train.runlog import RunDirectory, leaves, lock
-from train.stage import RECORD, SIDECAR, train_model
+from train.stage import train_model
 
 KEY = "attack.membership.lira"
 POOL = (

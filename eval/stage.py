@@ -31,8 +31,8 @@ from eval.suite import Finding, Scene
 from eval.target import Target, sampling_context, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
+from train.release import peak_memory
 from train.runlog import RunDirectory, hardware, timestamp, versions
-from train.stage import peak_memory
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [

@@ -18,8 +18,8 @@ from defenses.base import Defense, SamplingContext
 from eval.pictures import Pictures
 from train.data import Dataset
 from train.records import pool_of
+from train.release import RECORD
 from train.runlog import RunDirectory
-from train.stage import RECORD
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Target:
         output: run directory, or a folder of its own for a second evaluation.
         pipeline: saved pipeline to sample; None where ``generations`` were made by somebody else.
         generations: folder of the images.
-        facts: contents of the pipeline's sidecar (see `train.stage.release`); empty for foreign models.
+        facts: contents of the pipeline's sidecar (see `train.release.release`); empty for foreign models.
         removed: records that each defense took out of training.
         run: the run that trained the model; None for foreign models.
     """

@@ -368,8 +368,8 @@ DIVISOR = [
     bug(
         "an empty batch does not advance the average",
         "train/loop.py",
-        "        state.ema.step(state.model.parameters())\n",
-        "        if len(microbatches):\n            state.ema.step(state.model.parameters())\n",
+        "        state.ema.step(trained_parameters(state.model))\n",
+        "        if len(microbatches):\n            state.ema.step(trained_parameters(state.model))\n",
         ALL_EMPTY,
     ),
     bug(
@@ -501,7 +501,7 @@ SIDE_DOORS = [
     ),
     bug(
         "losses are logged",
-        "train/stage.py",
+        "train/combinations.py",
         "quiet = any(defense.private for defense in defenses) and not config.report.nonprivate_metrics",
         "quiet = False",
         f"{DPSGD}::test_the_log_holds_public_values_only",
@@ -516,7 +516,7 @@ SIDE_DOORS = [
     ),
     bug(
         "the label histogram is written",
-        "train/stage.py",
+        "train/combinations.py",
         "return np.ones_like(frequency) if is_quiet(config, defenses) else frequency",
         "return frequency",
         f"{DPSGD}::test_the_sidecar_holds_no_measurement_of_the_records",
@@ -530,14 +530,14 @@ SIDE_DOORS = [
     ),
     bug(
         "a defense looks at records after checkpoints",
-        "train/stage.py",
+        "train/combinations.py",
         "if quiet and watchers:",
         "if False:",
         f"{DPSGD}::test_a_defense_that_looks_at_records_is_refused_beside_it",
     ),
     bug(
         "clipping in the trainer is accepted",
-        "train/stage.py",
+        "train/combinations.py",
         'elif settings.optimizer.max_grad_norm not in (None, "auto"):',
         "elif False:",
         f"{DPSGD}::test_clipping_in_the_trainer_is_refused",
@@ -559,8 +559,8 @@ SIDE_DOORS = [
     bug(
         "the optimizer trains other tensors",
         "train/stage.py",
-        "build_optimizer(settings.optimizer, trainable, settings.learning_rate)",
-        "build_optimizer(settings.optimizer, [torch.nn.Parameter(p.detach().clone()) for p in trainable], 1e-3)",
+        "build_optimizer(settings.optimizer, trained_parameters(model), settings.learning_rate)",
+        "build_optimizer(settings.optimizer, [torch.nn.Parameter(p.detach().clone()) for p in trained_parameters(model)], 1e-3)",
         f"{DPSGD}::test_only_trained_tensors_change",
     ),
     bug(
@@ -575,8 +575,8 @@ SIDE_DOORS = [
     bug(
         "one trained tensor is not in the optimizer",
         "train/stage.py",
-        "build_optimizer(settings.optimizer, trainable, settings.learning_rate)",
-        "build_optimizer(settings.optimizer, trainable[1:], settings.learning_rate)",
+        "build_optimizer(settings.optimizer, trained_parameters(model), settings.learning_rate)",
+        "build_optimizer(settings.optimizer, trained_parameters(model)[1:], settings.learning_rate)",
         ALL_EMPTY,
     ),
     bug(

@@ -236,7 +236,7 @@ def test_the_saved_pipeline_needs_no_peft(tmp_path):
 
 
 def test_averages_of_an_earlier_checkpoint_can_be_released(tmp_path):
-    """Their names are those of the adapted model: merging must come after they are read, as stage.release does."""
+    """Their names are those of the adapted model: merging must come after they are read, as release.release does."""
     state = state_with_averages(adapted(rank=2))
     checkpoint.save(tmp_path / "step-3", state.model, state.optimizer, state.ema.shadow_params, {})
     state.ema.copy_to(state.model.parameters())

@@ -23,10 +23,11 @@ from defenses.dpsgd import DPSGD, DPSGDConfig
 from defenses.ledger import Mechanism, Segment
 from tests.small import OVERRIDES, opened, small_config
 from tests.smalldp import RECORDS, begun, finish, quick, refused
-from train import cli, stage
+from train import cli, release, stage
 from train import run as training
 from train.dryrun import dry_run
-from train.stage import build_model, build_trainer, train_model
+from train.release import build_model
+from train.stage import build_trainer, train_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = "defenses.dpsgd.noise_multiplier=2"
@@ -129,14 +130,14 @@ def test_clipping_in_the_trainer_is_refused(norm, tmp_path):
 
 @pytest.mark.parametrize("layer", [torch.nn.BatchNorm2d(8), torch.nn.InstanceNorm2d(8, track_running_stats=True)])
 def test_models_that_couple_records_are_refused(layer, tmp_path, monkeypatch):
-    original = stage.build
+    original = release.build
 
     def coupled(*arguments):
         model = original(*arguments)
         model.conv_norm_out = layer
         return model
 
-    monkeypatch.setattr(stage, "build", coupled)
+    monkeypatch.setattr(release, "build", coupled)
     refused("model", lambda: finish(tmp_path, NOISE), type(layer).__name__)
     assert not (tmp_path / "quickstart" / "ledger.jsonl").exists()
 

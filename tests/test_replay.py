@@ -14,7 +14,7 @@ from eval import run as evaluation
 from tests.small import OVERRIDES
 from train import cli
 from train import run as training
-from train.stage import FOR_THE_HOLDER
+from train.release import FOR_THE_HOLDER
 
 SMALL = [
     *(text for text in OVERRIDES if not text.startswith(("data.phantom", "train.checkpoint"))),

@@ -1,9 +1,7 @@
 """Builds the trainer from the configuration, trains, and saves the model that is released."""
 
 import json
-import time
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,45 +9,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from torch import nn
 
-from defenses import registry
-from defenses.base import BatchPlan, CheckpointView, Defense, GradientRule, RunContext
+from defenses.base import CheckpointView, Defense, RunContext
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
-from defenses.seeding import derive
 from train import checkpoint, families, textstage
+from train.combinations import is_quiet, plan_and_rule, refuse_combinations, refuse_mixing, sampling_frequency
 from train.data import Dataset
 from train.diffusion import noise_schedule
-from train.families import build
-from train.files import write_json
 from train.loop import Trainer
-from train.models import memory_format, parameter_count
+from train.models import memory_format
 from train.monitor import heldout_batches, heldout_losses, sample_on_all_ranks
 from train.optim import build_optimizer, build_schedule
 from train.pipelines import frozen_digest
-from train.plan import EpochPlan
 from train.planting import SPLIT as CANARY
-from train.records import class_frequency, class_names, labels_of, pool_of, trained_rows
+from train.records import class_names, labels_of, pool_of, trained_rows
+from train.release import RECORD, SIDECAR, build_model, release
 from train.runlog import RunDirectory
 from train.sampling import save_grid
-from train.state import TrainConfig, TrainState, averaged_weights, released_model, trained_parameters
-
-SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
-RECORD = "training.json"  # in the run directory: the same and what is for the holder of the records alone
-FOR_THE_HOLDER = ("train_seconds", "peak_memory_bytes", "defense_states")  # not beside a private model
-
-
-def build_model(config: SimpleNamespace, names: list[str], run: Path | None = None) -> nn.Module:
-    """The network with initial weights that depend on run.seed alone.
-
-    Args:
-        run: run directory, where a text-to-image model from scratch has its first pipeline.
-    """
-    torch.manual_seed(derive(config.run.seed, "weights"))
-    base = textstage.base_of(config, run)
-    return build(config.model, config.data.image_size, config.data.channels, len(names), base)
+from train.state import TrainConfig, TrainState, averaged_weights, trained_parameters
 
 
 def train_model(
@@ -165,50 +144,6 @@ def build_trainer(
     return trainer
 
 
-def refuse_mixing(trainer: Trainer) -> None:
-    """Tries on random images whether a defense lets one example of a batch change another: a private rule could not bound it.
-
-    Raises:
-        UserError: it does.
-    """
-    one, other = trainer.example(4), trainer.example(4, negated=slice(1, None))
-    for name in ("images", "labels", "timesteps", "noise", "captions", "latents", "text", "pooled", "tokens"):
-        first, second = getattr(one, name), getattr(other, name)
-        if first is not None and not _alike(first[:1], second[:1]):
-            raise UserError(
-                "defenses", f"one of them mixes the {name} of a batch, which a private run cannot have", "switch it off"
-            )
-
-
-def _alike(first: torch.Tensor | list[str], second: torch.Tensor | list[str]) -> bool:
-    if isinstance(first, list):
-        return first == second
-    # what comes from an encoder differs by rounding with its batch
-    return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3)
-
-
-def refuse_combinations(config: SimpleNamespace, defenses: list[Defense]) -> None:
-    """Defenses that contradict each other or the kind of model.
-
-    Raises:
-        UserError: one that remembers records beside a private one, or one that needs text in a model without.
-    """
-    private = [defense.name for defense in defenses if defense.private]
-    for defense in defenses:
-        if private and defense.remembers:
-            raise UserError(
-                f"defenses.{defense.name}",
-                f"what it does to one record depends on others, which the guarantee of {private[0]} cannot cover",
-                "switch one of the two off",
-            )
-        if not families.of(config.model).captioned and (defense.needs_captions or defense.wants):
-            raise UserError(
-                f"defenses.{defense.name}",
-                f"is for text-to-image models, not family {config.model.family}",
-                "switch it off",
-            )
-
-
 def speed_up(model: nn.Module, settings: TrainConfig, defenses: list[Defense]) -> None:
     """Gradient checkpointing and compilation, in place.
 
@@ -262,158 +197,8 @@ def begin(
         defense.begin(context)
 
 
-def plan_and_rule(config: SimpleNamespace, rows: np.ndarray, defenses: list[Defense]) -> tuple[BatchPlan, GradientRule]:
-    """How batches are drawn and how their losses become a gradient: the defenses' way, or the ordinary one.
-
-    Raises:
-        UserError: two defenses want the same, or settings that contradict the defense that does.
-    """
-    settings = config.train
-    default = families.of(config.model).rule(settings)
-    rule = registry.gradient_rule(defenses, default)
-    plan = registry.batch_plan(defenses, rows, settings.batch_size, config.run.seed)
-    if rule is default:
-        if plan is not None:
-            raise UserError(
-                "defenses", "batches are drawn by a defense, but none of them owns the gradient", "switch it off"
-            )
-    elif settings.optimizer.max_grad_norm not in (None, "auto"):
-        raise UserError(
-            "train.optimizer.max_grad_norm",
-            "a defense owns the gradient; clipping it once more would only rescale what it released",
-            "set it to null",
-        )
-    return plan or EpochPlan(rows, settings.batch_size, config.run.seed, settings.accumulation), rule
-
-
-def is_quiet(config: SimpleNamespace, defenses: list[Defense]) -> bool:
-    """Whether what is measured on the records stays out of logs, checkpoints and decisions.
-
-    Raises:
-        UserError: a defense wants to decide on such measurements.
-    """
-    quiet = any(defense.private for defense in defenses) and not config.report.nonprivate_metrics
-    watchers = [d.name for d in defenses if type(d).after_checkpoint is not Defense.after_checkpoint]
-    if quiet and watchers:
-        raise UserError(
-            f"defenses.{watchers[0]}",
-            "stops or chooses by looking at private records, which a DP guarantee does not cover",
-            "switch it off, or accept it with report.nonprivate_metrics=true",
-        )
-    return quiet
-
-
-def sampling_frequency(
-    config: SimpleNamespace, dataset: Dataset, defenses: list[Defense], names: list[str]
-) -> np.ndarray:
-    """Weight of every class in what is generated, int64 [classes]: as in training, or equal where that is private."""
-    frequency = class_frequency(dataset, names)
-    return np.ones_like(frequency) if is_quiet(config, defenses) else frequency
-
-
 def start_trackers(config: SimpleNamespace, accelerator: Accelerator) -> None:
     """Opens the trackers that the accelerator was built with."""
     if config.train.trackers:
         settings = {"run": config.run.name, "steps": config.train.steps, "batch_size": config.train.batch_size}
         accelerator.init_trackers("deffuse", settings)
-
-
-def release(
-    config: SimpleNamespace,
-    dataset: Dataset,
-    directory: RunDirectory,
-    accelerator: Accelerator,
-    trainer: Trainer,
-    names: list[str],
-) -> dict[str, Any]:
-    """Writes the EMA weights (or those of the checkpoint that a defense chose) as a pipeline folder."""
-    state, family = trainer.state, families.of(config.model)
-    released = family.released(state.model)
-    facts = {
-        "family": config.model.family,
-        "parameters": parameter_count(released),
-        "trainable_parameters": parameter_count(released, trainable=True),
-        "steps": state.step,
-        "images_seen": state.images_seen,
-        "train_seconds": state.seconds,
-        "stopped_by": state.stopped_by,
-        "released_step": state.release_step or state.step,
-        "defenses": [describe(defense, config) for defense in trainer.defenses],
-        "defense_states": {defense.name: defense.state_dict() for defense in trainer.defenses},
-        "classes": names,
-        "class_frequency": sampling_frequency(config, dataset, trainer.defenses, names).tolist(),
-        "image_size": config.data.image_size,
-        "channels": config.data.channels,
-        "precision": config.train.precision,
-        "world_size": accelerator.num_processes,
-        "peak_memory_bytes": peak_memory(accelerator),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if accelerator.is_main_process:
-        model = released_model(state)
-        if state.release_step is not None and state.release_step != state.step:
-            model.load_state_dict(
-                load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False
-            )
-        family.save(directory.model, model, noise_schedule(config.train.diffusion))
-        write_json(directory.path / RECORD, facts)
-        write_sidecar(directory.model, config, facts)  # last: its presence says that training is complete
-    accelerator.wait_for_everyone()
-    return facts
-
-
-def write_sidecar(model: Path, config: SimpleNamespace, facts: dict[str, Any]) -> None:
-    """The facts beside a saved pipeline, without those that a private model must not carry."""
-    private = registry.private(config.defenses)
-    told = {key: value for key, value in facts.items() if not (private and key in FOR_THE_HOLDER)}
-    write_json(model / SIDECAR, told)
-
-
-def facts_at(directory: RunDirectory, step: int) -> dict[str, Any]:
-    """What is known of a finished run, as of one of its checkpoints."""
-    facts = json.loads((directory.path / RECORD).read_text())
-    counters = json.loads((directory.checkpoints / f"step-{step}" / "state.json").read_text())
-    now = {"steps": step, "released_step": step, "images_seen": counters["images_seen"], "stopped_by": None}
-    return {**facts, **now, "train_seconds": counters["seconds"]}
-
-
-def checkpoint_model(config: SimpleNamespace, directory: RunDirectory, step: int, classes: list[str]) -> nn.Module:
-    """The network with the averaged weights of one checkpoint, on the CPU."""
-    saved = directory.checkpoints / f"step-{step}"
-    model = build_model(config, classes, directory.path)
-    for part in ("model", "ema"):  # the averages are of the parameters alone, buffers come from the model
-        model.load_state_dict(load_file(saved / f"{part}.safetensors"), strict=False)
-    return model.eval()
-
-
-def checkpoint_pipeline(config: SimpleNamespace, directory: RunDirectory, step: int, folder: Path) -> dict[str, Any]:
-    """Writes the averaged weights of one checkpoint as the pipeline that would have been released then; one process calls it.
-
-    Returns:
-        `facts_at` that step, which are also the new pipeline's sidecar.
-    """
-    facts = facts_at(directory, step)
-    model = checkpoint_model(config, directory, step, facts["classes"])
-    families.of(config.model).save(folder, model, noise_schedule(config.train.diffusion))
-    write_sidecar(folder, config, facts)
-    return facts
-
-
-def describe(defense: Defense, config: SimpleNamespace) -> dict[str, Any]:
-    """Name, settings and claim, as in report.json."""
-    settings = getattr(config.defenses, defense.name, None)
-    return {
-        "name": defense.name,
-        "settings": asdict(settings) if settings else {},
-        "claim": defense.claim(),
-        "findings": defense.findings(),
-    }
-
-
-def peak_memory(accelerator: Accelerator) -> int:
-    """Largest memory of this process so far: on the accelerator where there is one, else resident."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(accelerator.device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

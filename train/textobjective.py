@@ -50,7 +50,10 @@ class TextObjective:
             dropped = batch.random.uniform("caption dropout") < self.caption_dropout
             kept = zip(batch.captions, dropped.tolist(), strict=True)
             captions = ["" if drop else caption for caption, drop in kept]
-            batch = replace(batch, captions=captions)
+            noise = batch.text_noise
+            if noise is not None:  # guidance leads away from the empty condition as it is
+                noise = torch.where(dropped.to(noise.device), torch.zeros_like(noise), noise)
+            batch = replace(batch, captions=captions, text_noise=noise)
         return diffusion.draw(self.conditioned(batch, latents), self.schedule, self.config)
 
     def fix(self, batch: Batch, position: np.ndarray) -> Batch:
