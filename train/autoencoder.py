@@ -1,8 +1,9 @@
-"""Training of a small variational autoencoder (Kingma and Welling 2014), the first stage of latent diffusion (Rombach et al. 2022).
+"""Training of a small variational autoencoder (Kingma and Welling 2014), the first stage of latent diffusion (Rombach et
+al. 2022).
 
 Without the adversarial and perceptual losses of that paper, which need further networks: squared error and a little
-divergence from the standard normal distribution. Batches and noise are functions of (seed, step, record), gradients are sums
-over ranks: a resumed training equals one that was never stopped, 1 and N processes train alike.
+divergence from the standard normal distribution. Batches and noise are functions of (seed, step, record), gradients are
+sums over ranks: a resumed training equals one that was never stopped, 1 and N processes train alike.
 """
 
 import hashlib
@@ -33,13 +34,13 @@ MEASURED = 512  # pictures, at most, that the latents' scale and the reconstruct
 
 @dataclass(kw_only=True)
 class ScratchConfig:
-    """Section ``model.scratch``: how the autoencoder of a pipeline from scratch is trained. Ignored with model.pretrained."""
+    """Section ``model.scratch``: training of the autoencoder of a pipeline from scratch. Not used with model.pretrained."""
 
     autoencoder_steps: int = 800  # optimizer steps
     autoencoder_batch_size: int = 32  # pictures per step, over all processes
     autoencoder_learning_rate: float = 2e-3  # highest; it rises over a tenth of the steps, then falls to 0 as a cosine
-    # weight of the Kullback-Leibler divergence per latent number beside the squared error per pixel of [-1, 1]: more makes the
-    # latents easier to learn and the pictures blurrier
+    # weight of the Kullback-Leibler divergence per latent number beside the squared error per pixel of [-1, 1]: more makes
+    # the latents easier to learn and the pictures blurrier
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class AutoencoderTraining:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _save(self, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """One complete state in ``folder``, the one before it removed; no averaged weights are kept, hence the weights themselves."""
+        """One complete state in ``folder``, the one before it removed. No weights are averaged: they stand for themselves."""
         weights = [parameter.detach() for parameter in vae.parameters()]
         folder = self.folder / f"step-{state['step']}"
         checkpoint.save(folder, vae, optimizer, weights, {**state, "fingerprint": self._fingerprint()})
@@ -201,9 +202,9 @@ def _batches(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Iter
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, images: np.ndarray, rows: np.ndarray) -> None:
-    """Gives every latent channel mean 0 and variance 1 on the pictures, by its two 1 x 1 convolutions, so that what is decoded stays
-    the same. Stable Diffusion scales all channels alike and shifts none (Rombach et al. 2022, appendix G); pictures on white
-    ground would leave channels with a mean of several standard deviations, which no diffusion starts from.
+    """Gives every latent channel mean 0 and variance 1 on the pictures, by its two 1 x 1 convolutions, so that what is
+    decoded stays the same. Stable Diffusion scales all channels alike and shifts none (Rombach et al. 2022, appendix G);
+    pictures on white ground would leave channels with a mean far from 0, where the noise of diffusion never starts.
 
     The variance of a latent is that of the posterior means plus the mean posterior variance.
     """
@@ -228,8 +229,8 @@ def standardise(vae: AutoencoderKL, images: np.ndarray, rows: np.ndarray) -> Non
 
 @torch.no_grad()
 def reconstruction_l2(vae: AutoencoderKL, images: np.ndarray, rows: np.ndarray) -> float:
-    """Mean distance between pictures and what comes back from the means of their latents: root of the mean squared difference,
-    pixels in [0, 1], as extraction measures it."""
+    """Mean distance between pictures and what comes back from the means of their latents: root of the mean squared
+    difference, pixels in [0, 1], as extraction measures it."""
     distances = []
     for pictures in _batches(images, some(rows), next(vae.parameters()).device):
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)

@@ -1,8 +1,8 @@
-"""A complete small text-to-image pipeline from scratch: tokenizer learnt from the captions, autoencoder trained on the pictures,
-text encoder and network random. What is written is a Stable Diffusion 1 pipeline like any other and is trained like one.
+"""A complete small text-to-image pipeline from scratch: tokenizer learnt from the captions, autoencoder trained on the
+pictures, text encoder and network random. What is written is a Stable Diffusion 1 pipeline and is trained like any other.
 
-The tokenizer holds words of the captions and the autoencoder has seen the pictures, both without any bound on what they tell: for a
-private run start from a pipeline made of public data.
+The tokenizer holds words of the captions and the autoencoder has seen the pictures, both without any bound on what they
+tell: for a private run start from a pipeline made of public data.
 """
 
 import json
@@ -32,7 +32,7 @@ HEAD = 16  # channels of an attention head of the network
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of the parts. The autoencoder halves the picture between its levels: four of them make 8 x 8 latents of 64 px."""
+    """Widths of the parts. The autoencoder halves the picture between its levels: four make 8 x 8 latents of 64 px."""
 
     autoencoder: tuple[int, ...]  # channels of every level, multiples of 8
     network: tuple[int, ...]  # channels of every level, multiples of 16; cross-attention on all but the last
@@ -75,17 +75,17 @@ def make(
     accelerator: Any,
     save_every_sec: float = 30.0,
 ) -> dict[str, Any]:
-    """Writes ``folder``, a `StableDiffusionPipeline` that appears whole or not at all; where it is there already, nothing is done.
+    """Writes ``folder``, a `StableDiffusionPipeline` that appears whole or not at all; if it is there, nothing is done.
 
-    All ranks call it. A call that was stopped goes on where it was at most ``save_every_sec`` before. Grey pictures give an
-    autoencoder of one channel, and the pipeline grey pictures.
+    All ranks call it. A call that was stopped goes on where it was at most ``save_every_sec`` before. Grey pictures give
+    an autoencoder of one channel, and the pipeline grey pictures.
 
     Args:
         size: a key of `SIZES`.
         captions: of the training records.
         images: uint8 [N, C, H, W], H = W.
-        rows: of the pictures that the autoencoder is trained on, int64. One of each picture suffices: a picture that occurs fifty
-            times in training would draw the autoencoder's attention to it.
+        rows: of the pictures that the autoencoder is trained on, int64. One of each picture suffices: a picture that
+            occurs fifty times in training would draw the autoencoder's attention to it.
         heldout: rows of other pictures, on which the reconstruction is measured; none: on ``rows``.
         schedule: the noise schedule that the network will be trained with; the pipeline's `DDIMScheduler` follows it.
         seed: of weights, batches and noise.
@@ -170,7 +170,7 @@ def autoencoder(size: Size, image_size: int, channels: int) -> AutoencoderKL:
 
 
 def network(size: Size, image_size: int) -> UNet2DConditionModel:
-    """Denoiser of the latents, with cross-attention to the caption on every level but the smallest, as in Stable Diffusion 1."""
+    """Denoiser of the latents, with attention to the caption on every level but the smallest, as in Stable Diffusion 1."""
     crossed = len(size.network) - 1
     return UNet2DConditionModel(
         sample_size=image_size // size.factor, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,

@@ -1,8 +1,8 @@
-"""A CLIP tokenizer learnt from captions: byte-level byte-pair encoding, as in Radford et al. (2021), "CLIP", section 2.4.
+"""A CLIP tokenizer learnt from captions: byte-level byte-pair encoding (Radford et al. 2021, "CLIP", section 2.4).
 
-The vocabulary is laid out like CLIP's: 256 bytes, the same at the end of a word, the learnt merges, begin, end. Every text can be
-written in it, in any language; what the captions never contained costs more tokens. It holds pieces of the captions that occur
-at least twice (`LEAST_OCCURRENCES`), words and names among them, in plain text.
+The vocabulary is laid out like CLIP's: 256 bytes, the same at the end of a word, the learnt merges, begin, end. Every text
+can be written in it, in any language; what the captions never contained costs more tokens. It holds pieces of the captions
+that occur at least twice (`LEAST_OCCURRENCES`), words and names among them, in plain text.
 """
 
 import json
@@ -26,8 +26,8 @@ KEY = "data.caption_key"
 def learn(captions: Sequence[str | None], size: int) -> CLIPTokenizer:
     """Learns at most ``size`` tokens. The same captions in the same or another order give the same tokenizer.
 
-    ``model_max_length`` is `ROOM` more than the longest caption with begin and end takes, between `SHORTEST` and `LONGEST`; longer
-    ones are cut by whoever tokenizes with ``truncation=True``.
+    ``model_max_length`` is `ROOM` more than the longest caption with begin and end takes, between `SHORTEST` and `LONGEST`;
+    longer ones are cut by whoever tokenizes with ``truncation=True``.
 
     Args:
         captions: of the training records; None and empty ones are passed over.
