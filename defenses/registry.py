@@ -22,7 +22,7 @@ class DefensesConfig:
     augment: AugmentConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
-    prompt_perturbation: PromptPerturbationConfig | None = None
+    prompt_perturbation: PromptPerturbationConfig | None = None  # inside the filter, which may draw an image anew
     output_filter: OutputFilterConfig | None = None
 
 
