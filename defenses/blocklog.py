@@ -10,8 +10,8 @@ from typing import Any
 class BlockLog:
     """Lines that were on disk before the results of their blocks could be.
 
-    Counts in memory would be lost at a stop, and what is on disk is not made again. A block whose results were lost is done again,
-    and its later line counts. So the main process has what all ranks did over all stops from the files, without a collective.
+    Counts in memory would be lost at a stop, and what is on disk is not made again. A block whose results were lost is done
+    again, and its later line counts. So the main process has what all ranks did over all stops, without a collective.
 
     Args:
         folder: where the files lie; is made.

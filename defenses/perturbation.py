@@ -57,10 +57,8 @@ def perturb(
 ) -> Perturbed:
     """Changes embeddings by AdamW until ||epsilon(x, text) - epsilon(x, null)||_2 <= target (Wen et al. 2024, section 5).
 
-    Each embedding has its own loss, and stops by itself: neither the others nor their number matter. The first token (begin of
-    text) and the pooled embedding stay. The embedding with the smallest magnitude seen is returned: the authors' program takes the
-    last one, without measuring it, and takes the norm over all images of a prompt together, whose target for one of n images
-    is 1 / sqrt(n) of theirs.
+    Each embedding has its own loss, and stops by itself: neither the others nor their number matter. The first token (begin
+    of text) and the pooled embedding stay; the smallest magnitude seen counts (docs/prompt-perturbation.md: differences).
 
     Args:
         predict: differentiable in ``text``.

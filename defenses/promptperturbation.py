@@ -25,8 +25,8 @@ FOLDER = "prompt_perturbation"  # of the log, in the folder of the evaluation
 class PromptPerturbationConfig:
     """Settings of `PromptPerturbation`."""
 
-    # magnitude (l2 norm of what the prompt adds to the predicted noise) that is let through. It grows with the size of the latents and
-    # depends on the model: take what ordinary prompts have (attack/prompt_scores.csv); 3 is that of Wen et al. for SD 1.4
+    # magnitude (l2 norm of what the prompt adds to the predicted noise) that is let through. It depends on the model and the
+    # size of the latents: take what ordinary prompts have (attack/prompt_scores.csv); 3 is that of Wen et al. for SD 1.4
     target: float = 3.0
     steps: int = STEPS  # updates of an embedding at most
     learning_rate: float = LEARNING_RATE  # of AdamW, in the embedding's own units
@@ -58,8 +58,8 @@ class PromptPerturbation(Defense):
     def wrap_sampler(self, sampler: Sampler, context: SamplingContext) -> Sampler:
         """The sampler that is told a `TextCondition` in place of every prompt whose magnitude is above the target.
 
-        It is a function of (seed, prompt, sample index), as the start noise of the image is. Prompts below the target go through as
-        they are.
+        It is a function of (seed, prompt, sample index), as the start noise of the image is. Prompts below the target go
+        through as they are.
 
         Raises:
             UserError: the model takes no prompts.
@@ -105,10 +105,10 @@ class PromptPerturbation(Defense):
         return {
             "kind": "heuristic",
             "protects": "outputs",
-            "statement": "Changes what the model is told where a prompt pulls the first step of sampling harder than the target, "
-            "which memorised prompts do (Wen et al. 2024). Protects the images that are drawn in this way, not the weights: whoever "
-            "holds the model can sample without it, and what comes at a later step or from a prompt below the target is not "
-            "touched. Images may fit their prompts less well. No guarantee.",
+            "statement": "Changes what the model is told where a prompt pulls the first step of sampling harder than the "
+            "target, which memorised prompts do (Wen et al. 2024). Protects the images that are drawn in this way, not the "
+            "weights: whoever holds the model can sample without it, and what comes at a later step or from a prompt below "
+            "the target is not touched. Images may fit their prompts less well. No guarantee.",
             "target": self.config.target,
             "steps": self.config.steps,
         }
@@ -126,7 +126,9 @@ def _embeddings(
     model: TextModel, conditions: Sequence[str | TextCondition], prompts: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Text [B, L, D] and pooled [B, P] of prompts, and of what other defenses have made of them already."""
-    text, pooled = model.encode(prompts)
+    distinct = list(dict.fromkeys(prompts))  # the images of a prompt come together
+    place = [distinct.index(prompt) for prompt in prompts]
+    text, pooled = (each if each is None else each[place] for each in model.encode(distinct))
     for row, each in enumerate(conditions):
         if isinstance(each, TextCondition):
             text[row] = each.text

@@ -32,7 +32,7 @@ class DefensesConfig:
     text_filter: TextFilterConfig | None = None
     dpsgd: DPSGDConfig | None = None
     early_stop: EarlyStopConfig | None = None
-    prompt_perturbation: PromptPerturbationConfig | None = None
+    prompt_perturbation: PromptPerturbationConfig | None = None  # inside the filter, which may draw an image anew
     output_filter: OutputFilterConfig | None = None
 
 

@@ -73,8 +73,8 @@ def wen(
     """Magnitude of the text-conditional noise prediction, float64 [P] (Wen et al. 2024).
 
     ||epsilon(x_t, caption) - epsilon(x_t, null)||_2 over all latent dimensions, mean over start noises and over the first
-    ``steps`` steps of a guided DDIM trajectory of 50. It begins at the last timestep; the authors' program begins one step of the
-    trajectory earlier (t = 981 of 1000), and takes the output of the network whatever it predicts, where this is always the noise.
+    ``steps`` steps of a guided DDIM trajectory of 50. It begins at the last timestep with signal; the authors' program begins
+    at t = 981 of 1000, and takes the output of the network, whatever that predicts, where this is always the noise.
 
     Args:
         denoiser: of a text-to-image model.

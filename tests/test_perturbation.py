@@ -100,8 +100,8 @@ class Recorder:
         return as_noise * (given - null).flatten(1).norm(dim=1)
 
 
-def closer(pipeline, factor=0.9):
-    """A target that the prompts are above, and the magnitudes of unchanged prompts."""
+def unchanged(pipeline):
+    """Arguments under a target that nothing exceeds, the images they give, and what the network saw."""
     generator = torch.Generator().manual_seed(5)
     plain = perturbed(pipeline, PROMPTS, target=1e9, generator=generator, num_inference_steps=2)
     recorder = Recorder(pipeline.unet)
@@ -129,7 +129,7 @@ def test_the_first_step_of_a_pipeline_is_what_was_aimed_at(tmp_path, make, sched
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     first = PipelineModel(pipeline, 2).first_timestep
     as_noise = float(pipeline.scheduler.alphas_cumprod[first].sqrt()) if prediction == "v_prediction" else 1.0
-    plain, images, recorder = closer(pipeline)
+    plain, images, recorder = unchanged(pipeline)
     before = recorder.magnitude(as_noise)
     assert round(float(recorder.calls[0][0][1])) == first
     # below every magnitude nothing is changed: the images are those of the prompts themselves
@@ -152,6 +152,14 @@ def test_the_first_step_of_a_pipeline_is_what_was_aimed_at(tmp_path, make, sched
     after = recorder.magnitude(as_noise)
     assert (after <= target * 1.001).all() and (before > 1.5 * after).all()
     assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+def test_half_precision_pipelines_get_arguments_of_their_own_kind(tmp_path):
+    pipeline = stable_diffusion(tmp_path).to(torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    found = perturbed(pipeline, PROMPTS, target=1e-3, num_inference_steps=2, steps=2)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert np.isfinite(pipeline(**found, num_inference_steps=2, output_type="np").images).all()
 
 
 def test_other_pipelines_are_refused():
