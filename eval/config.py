@@ -58,6 +58,20 @@ class GenerateConfig(SamplerConfig):
                 "null takes all",
             )
 
+    def outlook(self, captions: int) -> str:
+        """Line of the dry run of a text-to-image model: what the prompted attack will draw.
+
+        Args:
+            captions: distinct prompts that there are (captions, or lines of ``prompts``).
+        """
+        prompts = min(captions, self.max_prompts)
+        each = max(1, self.batch_size // self.per_prompt)  # prompts in a pass
+        passes = -(-prompts // each) * -(-self.per_prompt // self.batch_size)
+        return (
+            f"prompted attack {prompts} prompts x {self.per_prompt} images x {self.steps} steps: "
+            f"{prompts * self.per_prompt} images, {passes * self.steps} passes of up to {self.batch_size} images"
+        )
+
 
 @dataclass(kw_only=True)
 class AttackConfig:

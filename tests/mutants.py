@@ -300,15 +300,15 @@ CLIPPING = [
     bug(
         "one timestep for the whole batch",
         "train/diffusion.py",
-        "batch.timesteps = timesteps.to(device)",
-        "batch.timesteps = timesteps[:1].expand(len(batch)).to(device)",
+        "batch.timesteps = timesteps.to(clean.device)",
+        "batch.timesteps = timesteps[:1].expand(len(batch)).to(clean.device)",
         OWN_NOISE,
     ),
     bug(
         "one noise for the whole batch",
         "train/diffusion.py",
-        'batch.random.normal("noise", *shape)',
-        'batch.random.normal("noise", *shape)[:1].repeat(len(batch), 1, 1, 1)',
+        'batch.random.normal("noise", *clean.shape[1:])',
+        'batch.random.normal("noise", *clean.shape[1:])[:1].repeat(len(batch), 1, 1, 1)',
         OWN_NOISE,
     ),
     bug(
@@ -604,8 +604,8 @@ SIDE_DOORS = [
     bug(
         "the state of a generator is in the checkpoint",
         "train/loop.py",
-        'values = {**counters, "ema_steps"',
-        'values = {**counters, "generator": torch.get_rng_state().tolist(), "ema_steps"',
+        "values = {**counters, **steps",
+        'values = {**counters, "generator": torch.get_rng_state().tolist(), **steps',
         ON_DISK,
     ),
 ]

@@ -312,6 +312,28 @@ def test_passes_hold_every_image_once(groups, count, batch):
     assert len(found) == (math.ceil(groups / (batch // count)) if count <= batch else groups * math.ceil(count / batch))
 
 
+@pytest.mark.parametrize(("prompts", "count", "batch"), [(7, 10, 32), (3, 70, 64), (5, 64, 64)])
+def test_the_dry_run_counts_the_passes(prompts, count, batch):
+    config = replace(settings().generate, max_prompts=7, per_prompt=count, batch_size=batch, steps=5)
+    plan = [block for unit in units(prompts, count, batch) for block in passes(unit, count, batch)]
+    line = f"{prompts} prompts x {count} images x 5 steps: {prompts * count} images, {5 * len(plan)} passes"
+    assert line in config.outlook(prompts) and "7 prompts" in config.outlook(99)
+
+
+def test_half_written_passes_on_disk_are_drawn_whole(tmp_path):
+    """keep=all, stopped in a pass that holds three prompts: the same files as if it had not been."""
+    config, accelerator = settings(keep="all"), Accelerator(cpu=True)
+    with pytest.raises(Killed):
+        samples.generate(Planted(die_after=1).source, tmp_path / "all", config.generate, PROMPTS, 0, accelerator)
+    (tmp_path / "all" / "00001" / "000004.png").unlink()
+    again, whole = Planted(), Planted()
+    samples.generate(again.source, tmp_path / "all", config.generate, PROMPTS, 0, accelerator)
+    samples.generate(whole.source, tmp_path / "whole", config.generate, PROMPTS, 0, accelerator)
+    assert again.passes == whole.passes and [len(block) for block in again.passes] == [30, 30, 10]
+    files = [sorted((tmp_path / name).glob("*/*.png")) for name in ("all", "whole")]
+    assert len(files[0]) == 70 and [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
 def test_what_cannot_be_streamed_is_refused(tmp_path):
     def untargeted(config):
         config.attack.extraction.protocol = "untargeted"
