@@ -27,7 +27,7 @@ from tests import ideal
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.reference import brute_force, fabricated
 from tests.test_denoiser import schedule, unet
-from tests.test_inpainting import dataset
+from tests.test_inpainting import dataset, finished_run
 from train.runlog import RunConfig, RunDirectory
 
 CPU, SHAPE = torch.device("cpu"), (1, 2, 2)
@@ -494,3 +494,30 @@ def test_a_base_of_the_hub_is_fetched_by_its_revision(tmp_path, monkeypatch):
     model.pretrained = "owner/gone"
     with pytest.raises(UserError, match="owner/gone: not there"):
         finetuning.base_folder(place)
+
+
+PHANTOM = [
+    "data.phantom.copied=0", "data.phantom.outliers=0", "data.phantom.calibration=4", "train.learning_rate=2e-3",
+    "train.checkpoint_every=0",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fine_tuning_pictures_come_nearer_than_others_by_the_difference(tmp_path):
+    """A base of 200 public pictures, fine-tuned on 12 others: trained here, attacked with what is released."""
+    base, _, _ = finished_run(
+        tmp_path, *PHANTOM, "run.name=base", "data.phantom.seed=5", "data.phantom.pictures=200", "data.phantom.heldout=8",
+        "train.steps=300", "train.batch_size=24", "train.ema_decay=0.98",
+    )  # fmt: skip
+    target, config, accelerator = finished_run(
+        tmp_path, *PHANTOM, "run.name=tuned", "data.phantom.pictures=12", "data.phantom.heldout=16", "train.steps=150",
+        "train.batch_size=12", "train.ema_decay=0.95", f"model.pretrained={base.pipeline}",
+    )  # fmt: skip
+    config.attack.finetuning = FinetuningConfig(weights=[1.0, 2.0], count=64, steps=25, permutations=999)
+    model = load(target.pipeline, (1, 16, 16), accelerator.device)
+    report = run(Scene(target, config, accelerator, model, None, None)).report
+    alone, double = report["weights"]
+    print({key: double[key] for key in ("verified", "control", "mean_l2", "versus_baseline")}, alone["verified"])
+    assert double["nearer_p_value"] < 0.05 and double["versus_baseline"]["gain"] > 0
+    assert double["mean_l2"] < 0.8 * double["mean_l2_heldout"]
+    assert double["verified"] >= max(alone["verified"], 1) and double["control"]["verified"] == 0
