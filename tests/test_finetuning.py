@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from defenses.errors import UserError
-from eval import extrapolation, finetuning
+from eval import extrapolation, finetuning, finetuningfigures
 from eval.denoiser import load
 from eval.extrapolation import Pair, sample
 from eval.finetuning import FinetuningConfig, run
@@ -110,6 +110,29 @@ def test_the_difference_gives_away_what_the_model_mostly_hides(tmp_path, monkeyp
         [row["l2"] for row in distances if row["member"] and row["weight"] == 3]
     ) == pytest.approx(three["mean_l2"])
     json.dumps(found.report, allow_nan=False)
+
+
+def test_average_similarity_is_that_of_the_most_similar_candidate(tmp_path, monkeypatch):
+    """With centred pixels in place of SSCD, by loops."""
+
+    def describe(images) -> np.ndarray:
+        flat = np.asarray(images, np.float64).reshape(len(images), -1)
+        flat -= flat.mean(axis=1, keepdims=True)
+        return (flat / np.linalg.norm(flat, axis=1, keepdims=True)).astype(np.float32)
+
+    monkeypatch.setattr(finetuningfigures, "load_sscd", lambda *_: describe)
+    data = dataset(6, 5)
+    place = scene(tmp_path, data, memory(data), monkeypatch, count=60)
+    place.config.attack.copy_metrics = SimpleNamespace(sscd_weights="file", sscd_weights_sha256=None)
+    found = run(place)
+    rows = [row for row in found.tables["finetuning.csv"][1] if row["weight"] == 3]
+    folder = tmp_path / "out" / "finetuning"
+    candidates = describe([np.asarray(Image.open(folder / row["generation"])) for row in rows])
+    best = [[max(float(a @ b) for b in candidates) for a in describe(part)] for part in np.split(data.images, [6])]
+    sscd = found.report["weights"][1]["sscd"]
+    assert sscd["average_similarity"] == pytest.approx(np.mean(best[0]), abs=1e-5)
+    assert sscd["average_similarity_heldout"] == pytest.approx(np.mean(best[1]), abs=1e-5)
+    assert sscd["success_rate_0.7"] == np.mean(np.array(best[0]) > 0.7) > 0
 
 
 def test_pictures_that_were_not_trained_on_are_not_found(tmp_path, monkeypatch):
@@ -272,7 +295,6 @@ def test_fine_tuning_pictures_come_nearer_than_others_by_the_difference(tmp_path
     model = load(target.pipeline, (1, 16, 16), accelerator.device)
     report = run(Scene(target, config, accelerator, model, None, None)).report
     alone, double = report["weights"]
-    print({key: double[key] for key in ("verified", "control", "mean_l2", "versus_baseline")}, alone["verified"])
     assert double["nearer_p_value"] < 0.05 and double["versus_baseline"]["gain"] > 0
     assert double["mean_l2"] < 0.8 * double["mean_l2_heldout"]
     assert double["verified"] >= max(alone["verified"], 1) and double["control"]["verified"] == 0
