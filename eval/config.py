@@ -196,7 +196,7 @@ def check_white_box(config: SimpleNamespace, foreign: str | None) -> None:
         raise UserError(
             f"attack.{attacks[0]}", "needs a model that predicts noise, which a GAN does not", "set it to null"
         )
-    if config.attack.prefilter is not None and foreign is None and config.model.family == "pixel":
+    if config.attack.prefilter is not None and foreign is None and not families.of(config.model).captioned:
         raise UserError("attack.prefilter", "scores prompts, and this model takes none", "set it to null")
     check_finetuning(config, foreign)
     inpainting = config.attack.inpainting

@@ -136,7 +136,7 @@ def run(scene: Scene) -> Finding | None:
     """
     if scene.denoiser is None:
         return None
-    settings, config, accelerator = scene.config.attack.finetuning, scene.config, scene.accelerator
+    settings, config = scene.config.attack.finetuning, scene.config
     folder = base_folder(scene)
     shape = tuple(scene.target.dataset.images.shape[1:])
     pair = load_base(scene.denoiser, scene.target.pipeline, folder, shape)
@@ -144,25 +144,7 @@ def run(scene: Scene) -> Finding | None:
     prompts = prompts_of(settings, pair.tuned, scene.target.dataset)
     drawn = [_images(scene, pair, prompts, weight, folder) for weight in settings.weights]
     training, heldout = (pictures_of(scene.target.dataset, split) for split in ("train", "heldout"))
-    wanted = settings.clusters or len(training.ids)
-
-    def cluster() -> list[tuple[int, Clusters, np.ndarray]]:
-        found = []
-        for place in range(accelerator.process_index, len(drawn), accelerator.num_processes):
-            distance = tiled_l2(_read(drawn[place], config), accelerator.device)
-            most = max(1, min(wanted, len(distance) // settings.clique_size))
-            limits = settings.clique_size, settings.edge_threshold, settings.clique_seconds
-            clusters = find_clusters(distance, most, *limits)
-            tight = [_mean_distance(distance, nodes) for nodes in clusters.cliques]
-            chosen = [medoid(distance, nodes) for nodes in clusters.cliques]
-            found.append((place, clusters, np.array([chosen, tight]).reshape(2, -1)))
-        return found
-
-    gathered = sorted(gather_object(together(accelerator, cluster)), key=lambda part: part[0])
-    arms = [
-        Arm(weight, images.groups[0][1], _read(images, config), clusters, chosen.astype(np.int64), tight)
-        for weight, images, (_, clusters, (chosen, tight)) in zip(settings.weights, drawn, gathered, strict=True)
-    ]
+    arms = _arms(scene, drawn, settings.clusters or len(training.ids))
     report, rows, near = judged(arms, training, heldout, scene)
     report = {
         "settings": _settings(settings, pair, prompts),
@@ -174,6 +156,28 @@ def run(scene: Scene) -> Finding | None:
     tables = {"finetuning.csv": (CANDIDATES, rows)}
     tables["finetuning_pictures.csv"] = (PICTURES, per_picture(near, training, heldout))
     return Finding(report, tables)
+
+
+def _arms(scene: Scene, drawn: list[Generations], wanted: int) -> list[Arm]:
+    """The images of every weight and their clusters; ranks share the weights."""
+    settings, config, accelerator = scene.config.attack.finetuning, scene.config, scene.accelerator
+
+    def cluster() -> list[tuple[int, Clusters, list[int], list[float]]]:
+        found = []
+        for place in range(accelerator.process_index, len(drawn), accelerator.num_processes):
+            distance = tiled_l2(_read(drawn[place], config), accelerator.device)
+            limits = settings.clique_size, settings.edge_threshold, settings.clique_seconds
+            clusters = find_clusters(distance, bounded, *limits)
+            chosen = [medoid(distance, nodes) for nodes in clusters.cliques]
+            found.append((place, clusters, chosen, [_mean_distance(distance, nodes) for nodes in clusters.cliques]))
+        return found
+
+    bounded = max(1, min(wanted, len(drawn[0].groups[0][1]) // settings.clique_size))
+    found = sorted(gather_object(together(accelerator, cluster)), key=lambda part: part[0])
+    return [
+        Arm(weight, images.groups[0][1], _read(images, config), bounded, *of_weight)
+        for weight, images, (_, *of_weight) in zip(settings.weights, drawn, found, strict=True)
+    ]
 
 
 def base_folder(scene: Scene) -> Path:

@@ -31,16 +31,18 @@ class Arm:
     Attributes:
         names: files of the images, below the folder of the weight.
         images: uint8 [N, C, H, W].
-        chosen: the candidate of each cluster, int64 [K].
-        tight: mean distance inside each cluster, float64 [K].
+        wanted: clusters that were looked for.
+        chosen: the candidate of each cluster, an index of ``images``.
+        tight: mean distance inside each cluster.
     """
 
     weight: float
     names: list[str]
     images: np.ndarray
+    wanted: int
     clusters: Clusters
-    chosen: np.ndarray
-    tight: np.ndarray
+    chosen: list[int]
+    tight: list[float]
 
 
 @dataclass
@@ -137,6 +139,7 @@ def _arm(
         "weight": arm.weight,
         "generations": len(arm.images),
         "clusters": {
+            "wanted": arm.wanted,
             "threshold": arm.clusters.threshold,
             "reached": arm.clusters.reached,
             "exact": arm.clusters.exact,
@@ -159,13 +162,13 @@ def _arm(
             "weight": arm.weight,
             "cluster": place,
             "size": sizes[place],
-            "mean_distance": float(arm.tight[place]),
+            "mean_distance": arm.tight[place],
             "generation": f"w-{arm.weight:g}/{arm.names[chosen]}",
             "record_id": training.record_id[int(found.distinct.row[place, 0])],
             "l2": float(found.distinct.distance[place, 0]),
             "verified": bool(passed[place]),
         }
-        for place, chosen in enumerate(arm.chosen.tolist())
+        for place, chosen in enumerate(arm.chosen)
     ]
     return entry, rows, near
 

@@ -56,6 +56,7 @@ class TextSampler:
         self.scheduler = build_sampler(config, model.parts.scheduler.config)
         self.scheduler.set_timesteps(config.steps, device=self.device)
         self.first_timestep = int(self.scheduler.timesteps[0])
+        self._null: Condition | None = None
 
     def __call__(self, indices: Sequence[int], prompts: Sequence[str | TextCondition]) -> torch.Tensor:
         """Float32 [n, C, side, side] in [0, 1]."""
@@ -83,9 +84,10 @@ class TextSampler:
 
     def null(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `TextModel`."""
-        with autocast(self.device, self.precision):
-            found = self.model.conditioner.empty()
-        return found.text, found.pooled
+        if self._null is None:
+            with autocast(self.device, self.precision):
+                self._null = self.model.conditioner.empty()
+        return self._null.text, self._null.pooled
 
     def start(self, prompts: Sequence[str], indices: Sequence[int]) -> torch.Tensor:
         """See `TextModel`."""

@@ -1,24 +1,18 @@
-"""FineXtract: the extrapolated prediction in closed form, planted clusters, planted memory of fine-tuning pictures, refusals."""
+"""FineXtract: planted memory of fine-tuning pictures is found by its control, nothing else is, nothing is lost or drawn twice."""
 
-import itertools
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
-import networkx as nx
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
 from defenses.errors import UserError
-from defenses.seeding import derive, generator
-from eval import extrapolation, finetuning
-from eval.clusters import disjoint_cliques, find_clusters, medoid, thresholds
+from eval import extrapolation, finetuning, finetuningfigures
 from eval.denoiser import load
-from eval.extrapolation import Guidance, Pair, load_base, pair_of, sample
+from eval.extrapolation import Pair, sample
 from eval.finetuning import FinetuningConfig, run
 from eval.finetuningfigures import Chance, Near, versus
 from eval.suite import Scene
@@ -26,208 +20,11 @@ from eval.target import Target
 from tests import ideal
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.reference import brute_force, fabricated
-from tests.test_denoiser import schedule, unet
-from tests.test_inpainting import dataset
+from tests.test_extrapolation import two_pipelines
+from tests.test_inpainting import dataset, finished_run
 from train.runlog import RunConfig, RunDirectory
 
-CPU, SHAPE = torch.device("cpu"), (1, 2, 2)
-
-
-def pair(tuned, base, latent=True) -> Pair:
-    return Pair(ideal.denoiser(tuned, latent), ideal.denoiser(base, latent), SHAPE)
-
-
-def start(index: int, seed: int = 7, condition=None, shape=SHAPE) -> np.ndarray:
-    """The start noise of an image as the documentation defines it."""
-    stream = generator(seed, "attack/finetuning", derive(0, str(condition)), index)
-    return torch.randn(shape, generator=stream).double().numpy()
-
-
-MEANS = np.array([[0.1, -0.3, 0.2, 0.0], [0.4, 0.1, 0.3, -0.5]])  # of base and fine-tuned model
-
-
-@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0, 5.0])
-def test_two_gaussians_give_the_gaussian_beyond(weight):
-    """Both of variance 0.09: the extrapolated score is that of N(m_0 + w (m_1 - m_0), 0.09), whose probability flow is known in
-    closed form; 1,000 steps follow it."""
-    covariance = 0.09 * np.eye(4)
-    models = pair(ideal.gaussian(MEANS[1], covariance), ideal.gaussian(MEANS[0], covariance))
-    found = sample(models, Guidance(weight), [None] * 3, [0, 1, 5], steps=1000, seed=7)
-    mean = MEANS[0] + weight * (MEANS[1] - MEANS[0])
-    last = float(ideal.alphas_cumprod()[-1])
-    for image, index in zip(found, (0, 1, 5), strict=True):
-        noise = start(index).reshape(-1)
-        expected = mean + 0.3 * (noise - last**0.5 * mean) / (0.09 * last + 1 - last) ** 0.5
-        assert image.flatten().numpy() == pytest.approx(expected, abs=0.01)
-
-
-def test_two_points_give_the_point_beyond():
-    """Models of one picture each: every step predicts m_0 + w (m_1 - m_0), and the last step is that."""
-    nothing = 1e-12 * np.eye(4)
-    models = pair(ideal.gaussian(MEANS[1], nothing), ideal.gaussian(MEANS[0], nothing))
-    for weight in (1.0, 3.0):
-        image = sample(models, Guidance(weight), [None], [0], steps=4, seed=7)
-        expected = MEANS[0] + weight * (MEANS[1] - MEANS[0])
-        assert image.flatten().numpy() == pytest.approx(expected, abs=1e-4)
-    clipped = sample(replace_latent(models, False), Guidance(3.0), [None], [0], steps=4, seed=7)
-    assert clipped.flatten().numpy() == pytest.approx(np.clip(MEANS[0] + 3 * (MEANS[1] - MEANS[0]), -1, 1), abs=1e-4)
-
-
-def replace_latent(models: Pair, latent: bool) -> Pair:
-    return Pair(replace(models.tuned, latent=latent), replace(models.base, latent=latent), models.shape)
-
-
-@pytest.mark.parametrize(("weight", "correction"), [(3.0, 0.0), (2.0, -0.3), (4.5, 0.2)])
-def test_a_linear_prediction_follows_the_formula(weight, correction):
-    """eps = eps_base + w (eps_tuned - eps_base) + k eps_base, in DDIM steps written down in float64."""
-    variances, signal = (0.25, 0.04), ideal.alphas_cumprod().double().numpy()
-    models = pair(*(ideal.gaussian(MEANS[k], variances[k] * np.eye(4)) for k in (1, 0)))
-    found = sample(models, Guidance(weight, correction), [None], [3], steps=5, seed=7)
-
-    def epsilon(x, a, model):
-        """-sqrt(1 - a) times the score of N(sqrt(a) m, a v + 1 - a)."""
-        return (1 - a) ** 0.5 * (x - a**0.5 * MEANS[model]) / (a * variances[model] + 1 - a)
-
-    x = start(3).reshape(-1)
-    for timestep in (999, 799, 599, 399, 199):
-        now, after = signal[timestep], 1.0 if timestep == 199 else signal[timestep - 200]
-        base, tuned = epsilon(x, now, 0), epsilon(x, now, 1)
-        noise = base + weight * (tuned - base) + correction * base
-        x = after**0.5 * (x - (1 - now) ** 0.5 * noise) / now**0.5 + (1 - after) ** 0.5 * noise
-    assert found.flatten().numpy() == pytest.approx(x, rel=1e-3, abs=1e-3)
-
-
-def test_the_correction_is_no_part_of_the_model_alone():
-    models = pair(*(ideal.gaussian(mean, 0.1 * np.eye(4)) for mean in MEANS[::-1]))
-    alone, corrected = (sample(models, Guidance(1.0, k), [None], [0], steps=5, seed=7) for k in (0.0, -0.5))
-    assert torch.equal(alone, corrected)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_model_alone_is_sampled_as_diffusers_does(prediction, tmp_path):
-    """Deterministic DDIM with clipped x_0, timesteps from the last on."""
-    DDIMPipeline(unet(), schedule(prediction)).save_pretrained(tmp_path / "tuned")
-    DDIMPipeline(unet(), schedule(prediction)).save_pretrained(tmp_path / "base")
-    tuned = load(tmp_path / "tuned", (1, 8, 8), CPU)
-    models = load_base(tuned, tmp_path / "tuned", tmp_path / "base", (1, 8, 8))
-    found = sample(models, Guidance(1.0), [None] * 2, [0, 4], steps=20, seed=7)
-    config = schedule(prediction).config
-    scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=True)
-    scheduler.set_timesteps(20)
-    x = torch.from_numpy(np.stack([start(index, shape=(1, 8, 8)) for index in (0, 4)])).float()
-    with torch.no_grad():
-        for timestep in scheduler.timesteps:
-            output = tuned.network(x, timestep).sample
-            x = scheduler.step(output, timestep, x, use_clipped_model_output=True).prev_sample
-    assert torch.allclose(found, x, atol=1e-4) and not torch.allclose(found, torch.zeros(()), atol=0.1)
-
-
-def two_pipelines(folder, make=stable_diffusion, **options):
-    """Base, and the same with another network: (base pipeline, fine-tuned pipeline), saved as base/ and tuned/."""
-    base = make(folder / "base", **options)
-    base.save_pretrained(folder / "tuned", safe_serialization=True)
-    tuned = make(folder / "other", **options)
-    tuned.unet.save_pretrained(folder / "tuned" / "unet", safe_serialization=True)
-    return base, tuned
-
-
-def predicted(pipeline, text_of, x, t, caption):
-    """Noise predicted by a Stable Diffusion pipeline, its parts called by hand."""
-    tokens = text_of.tokenizer([caption], padding="max_length", max_length=16, return_tensors="pt")
-    with torch.no_grad():
-        return pipeline.unet(x, t, encoder_hidden_states=text_of.text_encoder(tokens.input_ids)[0]).sample
-
-
-def test_captions_follow_the_formulas_of_the_paper(tmp_path):
-    """One step of DDIM is the prediction of x_0 itself."""
-    base, tuned = two_pipelines(tmp_path)
-    models = load_base(load(tmp_path / "tuned", (3, 16, 16), CPU), tmp_path / "tuned", tmp_path / "base", (3, 16, 16))
-    caption, t = "a chest x ray", torch.tensor([999])
-    x = torch.from_numpy(start(2, condition=caption, shape=(4, 8, 8)))[None].float()
-    a = float(base.scheduler.alphas_cumprod[999])
-    ours, null = (predicted(tuned, base, x, t, text) for text in (caption, ""))
-    theirs, empty = (predicted(base, base, x, t, text) for text in (caption, ""))
-    cases = {
-        Guidance(3.0): empty + 3 * (ours - empty),
-        Guidance(3.0, base_caption="same"): theirs + 3 * (ours - theirs),
-        Guidance(3.5, -0.02): empty + 3.5 * (ours - empty) - 0.02 * empty,
-        Guidance(1.0): ours,
-        Guidance(1.0, scale=3.0): null + 3 * (ours - null),
-        Guidance(3.0, scale=3.0): empty + 3 * (ours - empty),  # its guidance is for the model alone
-    }
-    for guidance, noise in cases.items():
-        found = sample(models, guidance, [caption], [2], steps=1, seed=7)[0]
-        expected = (x - (1 - a) ** 0.5 * noise)[0] / a**0.5
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), guidance
-
-
-def test_start_noise_is_shared_by_the_weights_and_not_by_the_captions():
-    models = pair(*(ideal.gaussian(mean, 0.1 * np.eye(4)) for mean in MEANS[::-1]))
-    many = sample(models, Guidance(3.0), [None] * 3, [0, 1, 2], steps=3, seed=7)
-    assert torch.allclose(sample(models, Guidance(3.0), [None], [1], steps=3, seed=7)[0], many[1], atol=1e-6)
-    same = replace(models, base=models.tuned)  # nothing is extrapolated: the weight can only matter through the noise
-    one, three = (sample(same, Guidance(weight), [None], [0], steps=3, seed=7) for weight in (1.0, 3.0))
-    assert torch.allclose(one, three, atol=1e-5)
-    told = sample(same, Guidance(1.0), ["a", "b"], [0, 0], steps=3, seed=7)
-    assert not torch.allclose(told[0], told[1], atol=0.01)
-
-
-def planted(groups=(6, 5, 4), scattered=7, seed=0) -> np.ndarray:
-    """Distances of points in 8 dimensions: tight groups (about 0.003 apart) in a cloud about 0.6 apart."""
-    random = np.random.default_rng(seed)
-    centres = random.normal(scale=0.15, size=(len(groups), 8))
-    points = [centre + random.normal(scale=0.0008, size=(n, 8)) for centre, n in zip(centres, groups, strict=True)]
-    points.append(random.normal(scale=0.15, size=(scattered, 8)))
-    points = np.concatenate(points)
-    return np.linalg.norm(points[:, None] - points[None], axis=2)
-
-
-def test_planted_groups_are_the_clusters():
-    """From a threshold that joins everything, and from one of tiled l2, where scattered points are alone."""
-    groups = [list(range(6)), list(range(6, 11)), list(range(11, 15))]
-    found = find_clusters(planted(scattered=0), 3, 2, 1.0, 10)
-    assert found.reached and found.exact and found.cliques == groups
-    mixed = find_clusters(planted(), 3, 2, 0.15, 10)
-    assert mixed.reached and mixed.threshold == 0.15 and mixed.cliques == groups
-    shuffle = np.random.default_rng(3).permutation(15)
-    moved = find_clusters(planted(scattered=0)[np.ix_(shuffle, shuffle)], 3, 2, 1.0, 10)
-    assert sorted(sorted(shuffle[nodes].tolist()) for nodes in moved.cliques) == groups
-    greedy = find_clusters(planted(scattered=0), 3, 2, 1.0, 0)
-    assert greedy.cliques == groups and not greedy.exact
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_clusters_are_those_of_the_loosest_threshold_that_leaves_enough(seed):
-    """Taken from networkx: each clique is a largest one of what the earlier ones left, no looser threshold leaves as many."""
-    distance, wanted = planted((4, 3, 3, 2), 12, seed), 5
-    found = find_clusters(distance, wanted, 2, 0.8, 20)
-    assert found.reached and found.exact and len(found.cliques) >= wanted
-    graph = nx.from_numpy_array((distance <= found.threshold) & ~np.eye(len(distance), dtype=bool))
-    for nodes in found.cliques:
-        assert all(graph.has_edge(i, j) for i, j in itertools.combinations(nodes, 2))
-        assert len(nodes) == max(len(clique) for clique in nx.find_cliques(graph)) >= 2
-        graph.remove_nodes_from(nodes)
-    assert graph.number_of_edges() == 0  # nothing of two nodes is left
-    levels = thresholds(0.8)
-    looser = levels[: levels.index(found.threshold)]
-    assert all(len(disjoint_cliques(distance <= level, 2, 10)[0]) < wanted for level in looser)
-    assert levels == pytest.approx(np.linspace(0.8, 0, 81)) and thresholds(0.155)[-1] == pytest.approx(0.005)
-
-
-def test_where_no_threshold_leaves_enough_it_is_the_one_that_leaves_most():
-    distance = planted(scattered=0)
-    found = find_clusters(distance, 8, 2, 1.0, 10)
-    most = max(len(disjoint_cliques(distance <= level, 2, 10)[0]) for level in thresholds(1.0))
-    assert not found.reached and len(found.cliques) == most < 8
-    equal = find_clusters(np.zeros((4, 4)), 3, 2, 0.15, 10)
-    assert equal.cliques == [[0, 1, 2, 3]] and equal.threshold == 0.15 and not equal.reached
-    assert find_clusters(np.zeros((1, 1)), 1, 2, 0.15, 10).cliques == []
-
-
-def test_a_medoid_is_nearest_to_the_others():
-    points = np.array([0.0, 9.0, 1.0, 1.2, 3.0])
-    distance = np.abs(points[:, None] - points[None])
-    assert medoid(distance, [0, 2, 3, 4]) == 2 and medoid(distance, [1, 4]) == 1
+CPU = torch.device("cpu")
 
 
 def test_versus_baseline_counts_units_and_asks_the_heldout_pictures():
@@ -315,6 +112,29 @@ def test_the_difference_gives_away_what_the_model_mostly_hides(tmp_path, monkeyp
     json.dumps(found.report, allow_nan=False)
 
 
+def test_average_similarity_is_that_of_the_most_similar_candidate(tmp_path, monkeypatch):
+    """With centred pixels in place of SSCD, by loops."""
+
+    def describe(images) -> np.ndarray:
+        flat = np.asarray(images, np.float64).reshape(len(images), -1)
+        flat -= flat.mean(axis=1, keepdims=True)
+        return (flat / np.linalg.norm(flat, axis=1, keepdims=True)).astype(np.float32)
+
+    monkeypatch.setattr(finetuningfigures, "load_sscd", lambda *_: describe)
+    data = dataset(6, 5)
+    place = scene(tmp_path, data, memory(data), monkeypatch, count=60)
+    place.config.attack.copy_metrics = SimpleNamespace(sscd_weights="file", sscd_weights_sha256=None)
+    found = run(place)
+    rows = [row for row in found.tables["finetuning.csv"][1] if row["weight"] == 3]
+    folder = tmp_path / "out" / "finetuning"
+    candidates = describe([np.asarray(Image.open(folder / row["generation"])) for row in rows])
+    best = [[max(float(a @ b) for b in candidates) for a in describe(part)] for part in np.split(data.images, [6])]
+    sscd = found.report["weights"][1]["sscd"]
+    assert sscd["average_similarity"] == pytest.approx(np.mean(best[0]), abs=1e-5)
+    assert sscd["average_similarity_heldout"] == pytest.approx(np.mean(best[1]), abs=1e-5)
+    assert sscd["success_rate_0.7"] == np.mean(np.array(best[0]) > 0.7) > 0
+
+
 def test_pictures_that_were_not_trained_on_are_not_found(tmp_path, monkeypatch):
     """The same models, asked about other pictures: chance on either side of the control."""
     models = memory(dataset(8, 24))
@@ -398,48 +218,6 @@ def test_text_to_image_pipelines_are_attacked_by_their_captions(make, prediction
     assert report["settings"]["space"] == "latents" and report["base"] == str(tmp_path / "base")
 
 
-def refused(tmp_path, tuned="tuned", base="base", shape=(3, 16, 16)) -> str:
-    with pytest.raises(UserError, match=r"attack\.finetuning\.base") as caught:
-        load_base(load(tmp_path / tuned, shape, CPU), tmp_path / tuned, tmp_path / base, shape)
-    return caught.value.problem
-
-
-def test_models_that_do_not_fit_are_refused(tmp_path):
-    base, _ = two_pipelines(tmp_path)
-    assert "another autoencoder" in refused(tmp_path, base="other")
-    assert "nothing was fine-tuned" in refused(tmp_path, tuned="base")
-    base.vae.register_to_config(scaling_factor=0.5)
-    base.save_pretrained(tmp_path / "scaled", safe_serialization=True)
-    assert "scaling_factor 0.5" in refused(tmp_path, base="scaled")
-    base.vae.register_to_config(scaling_factor=0.3)
-    base.scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
-    base.save_pretrained(tmp_path / "velocity", safe_serialization=True)
-    assert "predicts v_prediction, the fine-tuned model epsilon" in refused(tmp_path, base="velocity")
-    base.scheduler = DDIMScheduler(beta_schedule="linear")
-    base.save_pretrained(tmp_path / "linear", safe_serialization=True)
-    assert "noise schedule" in refused(tmp_path, base="linear")
-    DDIMPipeline(unet(3, 16), schedule()).save_pretrained(tmp_path / "pixels")
-    DDIMPipeline(unet(3, 16, classes=2), schedule()).save_pretrained(tmp_path / "classes")
-    DDIMPipeline(unet(3, 8), schedule()).save_pretrained(tmp_path / "small")
-    assert "is conditioned on none, the fine-tuned model caption" in refused(tmp_path, base="pixels")
-    assert "is conditioned on class" in refused(tmp_path, "pixels", "classes")
-    assert "x_0 of (3, 8, 8)" in refused(tmp_path, "pixels", "small")
-    assert "model_index.json" in refused(tmp_path, "pixels", "nowhere")
-
-
-def test_an_autoencoder_stored_in_half_precision_is_the_same(tmp_path):
-    base, _ = two_pipelines(tmp_path)
-    base.vae.half().save_pretrained(tmp_path / "base" / "vae", safe_serialization=True)
-    tuned = load(tmp_path / "tuned", (3, 16, 16), CPU)
-    assert load_base(tuned, tmp_path / "tuned", tmp_path / "base", (3, 16, 16)).shape == (4, 8, 8)
-
-
-def test_other_schedules_are_refused():
-    pictures = ideal.memoriser(fabricated.blobs(0, 2))
-    with pytest.raises(UserError, match="has timesteps 10, the fine-tuned model 1000"):
-        pair_of(ideal.denoiser(pictures), ideal.denoiser(pictures, timesteps=10), (1, 16, 16))
-
-
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
@@ -494,3 +272,29 @@ def test_a_base_of_the_hub_is_fetched_by_its_revision(tmp_path, monkeypatch):
     model.pretrained = "owner/gone"
     with pytest.raises(UserError, match="owner/gone: not there"):
         finetuning.base_folder(place)
+
+
+PHANTOM = [
+    "data.phantom.copied=0", "data.phantom.outliers=0", "data.phantom.calibration=4", "train.learning_rate=2e-3",
+    "train.checkpoint_every=0",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fine_tuning_pictures_come_nearer_than_others_by_the_difference(tmp_path):
+    """A base of 200 public pictures, fine-tuned on 12 others: trained here, attacked with what is released."""
+    base, _, _ = finished_run(
+        tmp_path, *PHANTOM, "run.name=base", "data.phantom.seed=5", "data.phantom.pictures=200", "data.phantom.heldout=8",
+        "train.steps=300", "train.batch_size=24", "train.ema_decay=0.98",
+    )  # fmt: skip
+    target, config, accelerator = finished_run(
+        tmp_path, *PHANTOM, "run.name=tuned", "data.phantom.pictures=12", "data.phantom.heldout=16", "train.steps=150",
+        "train.batch_size=12", "train.ema_decay=0.95", f"model.pretrained={base.pipeline}",
+    )  # fmt: skip
+    config.attack.finetuning = FinetuningConfig(weights=[1.0, 2.0], count=64, steps=25, permutations=999)
+    model = load(target.pipeline, (1, 16, 16), accelerator.device)
+    report = run(Scene(target, config, accelerator, model, None, None)).report
+    alone, double = report["weights"]
+    assert double["nearer_p_value"] < 0.05 and double["versus_baseline"]["gain"] > 0
+    assert double["mean_l2"] < 0.8 * double["mean_l2_heldout"]
+    assert double["verified"] >= max(alone["verified"], 1) and double["control"]["verified"] == 0

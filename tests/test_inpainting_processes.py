@@ -1,4 +1,4 @@
-"""One and two processes (gloo): the same reconstructions, the same table of risks, on every rank."""
+"""One and two processes (gloo): the same reconstructions, extrapolations, the same table of risks, on every rank."""
 
 import json
 
@@ -19,6 +19,9 @@ def test_one_and_two_processes_agree(tmp_path):
         assert all(each.pop("world") == world for each in found)
         results += found
     assert results[0] == results[1] == results[2]
+    assert [each["generations"] for each in results[0]["finetuning"]["weights"]] == [10, 10] and results[0][
+        "candidates"
+    ]
     assert len(results[0]["table"]) == 9 and results[0]["report"]["members"] == 5
     assert sum(row["verified"] for row in results[0]["risk"]) == 3
     assert {row["generation"].split("/")[0] for row in results[0]["risk"] if row["verified"]} == {

@@ -112,6 +112,8 @@ GIVEN = ["data.source=phantom", "data.image_size=16"]
     [
         (["generations=a", *GIVEN, "attack.membership={}"], "attack.membership"),
         (["generations=a", *GIVEN, "attack.inpainting={}"], "attack.inpainting"),
+        (["generations=a", *GIVEN, "attack.finetuning={}"], "attack.finetuning"),
+        (["pipeline=a", *GIVEN, "attack.finetuning={}"], "attack.finetuning.base"),  # of what?
         (["pipeline=a", *GIVEN, "attack.membership={}"], "attack.membership"),  # without non-members
         (["pipeline=a", *GIVEN, "data.heldout_source=b", "attack.membership={lira: {}}"], "attack.membership.lira"),
         (["pipeline=a", *GIVEN, "attack.copy_metrics={threshold: dar}"], "attack.copy_metrics.threshold"),
@@ -134,6 +136,9 @@ def test_refused_before_any_work(overrides, key, tmp_path):
         (["attack.membership={lira: {shadows: 3}}"], "attack.membership.lira.shadows"),
         (["train.diffusion.timesteps=5", "generate.steps=2", "attack.inpainting={}"], "attack.inpainting.steps"),
         (["attack.inpainting={reference: nowhere}"], "attack.inpainting.reference"),
+        (["model.family=gan", "attack.finetuning={}"], "attack.finetuning"),
+        (["attack.finetuning={}"], "attack.finetuning.base"),  # trained from scratch
+        (["model.pretrained=base", "attack.finetuning={steps: 1001}"], "attack.finetuning.steps"),
         (["attack.canaries.draws=0"], "attack.canaries.draws"),
     ],
 )
