@@ -71,7 +71,7 @@ class Stream:
         everywhere = covered.union(*(other for _, other in records.nearest()))
         settings, saved = self.config.generate, time.monotonic()
         mine = units(len(self.prompts), settings.per_prompt, settings.batch_size)[rank::world]
-        for unit in tqdm(mine, desc="generate and attack", unit="prompts", disable=rank != 0):
+        for unit in tqdm(mine, desc="generate and attack", unit="unit", disable=rank != 0):
             todo = [prompt for prompt in unit if not (prompt in everywhere and records.read(prompt))]
             if not todo:
                 continue

@@ -1,10 +1,12 @@
 """The prompted protocol on planted prompts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from eval.extraction import ExtractionConfig
-from eval.prompted import clique_size, prompted, tiled_l2
+from eval.prompted import NearestGenerations, clique_size, prompted, tiled_l2
 from tests.reference import brute_force, fabricated
 
 
@@ -145,3 +147,21 @@ def test_the_nearest_generation_of_each_picture_is_known():
         assert found.generation[row] == every[int(np.argmin(near))][0]
     assert found.score is None and found.verified.sum() == len({r["record_id"] for r in run(
         prompts, fabricated.pictures(training)).cliques if r["verified"]})  # fmt: skip
+
+
+def test_nearest_generations_do_not_depend_on_the_order_and_the_parts():
+    """Few distances, so that most are equal: always the lowest prompt of the nearest, prompts in any order and twice."""
+    random = np.random.default_rng(0)
+    distance, query = random.integers(1, 4, (9, 30)) / 10, random.integers(0, 5, (9, 30))
+    places = np.array([2, 3, 5, 7, 11])
+    lowest = distance.argmin(axis=0)  # the first of equals
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(np.r_[np.arange(9), 3, 4])
+        parts = [NearestGenerations.none(30) for _ in range(3)]
+        for turn, prompt in enumerate(order.tolist()):
+            near = SimpleNamespace(best_distance=distance[prompt], best_query=query[prompt])
+            parts[turn % 3].add(prompt, near, places)
+        found = NearestGenerations.merged(parts)
+        np.testing.assert_array_equal(found.distance, distance.min(axis=0))
+        np.testing.assert_array_equal(found.prompt, lowest)
+        np.testing.assert_array_equal(found.place, places[query[lowest, np.arange(30)]])
