@@ -165,9 +165,10 @@ def finetuning_sentences(privacy: dict[str, Any]) -> list[str]:
             p_value = entry["p_value_holm"]
             text += ", no p-value." if p_value is None else f" (p = {p_value:.2g})."
         if against is not None and against["gain_p_value"] is not None:
+            way = "nearer to" if against["gain"] >= 0 else "farther from"
             text += (
-                f" Nearest images come nearer to training pictures than to held-out ones by {against['gain']:.3f} in l2 more than those "
-                f"of the model alone (p = {against['gain_p_value']:.2g})."
+                f" Set against the fine-tuned model alone, the nearest image comes {abs(against['gain']):.3f} in l2 {way} training pictures "
+                f"than held-out ones (p = {against['gain_p_value']:.2g})."
             )
         found.append(text)
     return found

@@ -90,6 +90,7 @@ def test_the_card_and_the_verdict_tell_of_them(opened):
     assert "0.923 (95 %: 0.891 to 0.956" in card and "Strong LiRA" in card
     assert "0.067 in l2 nearer than held-out ones (p = 0.0008)" in card
     assert "w = 3.5), 23 of 346 distinct training pictures" in card and "4 of 77 held-out pictures (p = 0.0014)" in card
+    assert "0.023 in l2 nearer to training pictures than held-out ones (p = 0.046)" in card
     assert "64 times has an exposure of 8.8 of at most 10.0 bits" in card
 
 

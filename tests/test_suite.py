@@ -50,17 +50,24 @@ def test_a_run_with_every_attack(tmp_path):
 
 @pytest.mark.parametrize("classes", [0, 3])
 def test_foreign_pixel_model(classes, folders, tmp_path):  # noqa: F811
-    save_pipeline(
-        tmp_path / "model", build(ModelConfig(size="nano"), 16, 1, classes).eval(), noise_schedule(DiffusionConfig())
-    )
+    for name in ("model", "base"):
+        network = build(ModelConfig(size="nano"), 16, 1, classes).eval()
+        save_pipeline(tmp_path / name, network, noise_schedule(DiffusionConfig()))
     report = evaluate(
         f"pipeline={tmp_path / 'model'}", f"data.source={folders[0]}", f"data.heldout_source={folders[1]}", *WHITE_BOX,
         "attack.membership.attacks=[loss]", f"run.output_dir={tmp_path}", "run.name=foreign",
+        f"attack.finetuning={{base: {tmp_path / 'base'}, count: 6, steps: 2, permutations: 9}}",
     )  # fmt: skip
     (entry,) = report["privacy"]["membership"]
     assert (entry["members"], entry["nonmembers"]) == (80, 60)
     assert 0.3 < entry["auc"] < 0.7  # nobody trained it
     assert entry["settings"]["condition"] == ("class 0: which class is which is not known" if classes else "none")
+    one, three = report["privacy"]["finetuning"]["weights"]
+    assert (one["weight"], three["weight"], three["generations"]) == (1.0, 3.0, 6)
+    assert three["control"]["p_value"] is None and three["versus_baseline"]["gain_p_value"] is None
+    assert len(table(tmp_path / "foreign" / "attack" / "finetuning_pictures.csv")) == 1 + 2 * (80 + 60)
+    assert 'id="finetuning"' in (tmp_path / "foreign" / "report.html").read_text()
+    assert report["privacy"]["finetuning"]["seconds"] == pytest.approx(report["cost"]["finetuning_seconds"])
     # nobody knows whether these pictures were drawn alike: no evidence, and no p-value
     assert (
         report["privacy"]["membership_check"]["passed"] is False and report["privacy"]["inpainting"]["p_value"] is None
