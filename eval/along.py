@@ -21,8 +21,14 @@ from train.release import checkpoint_pipeline
 KEPT = ("generations", "candidates", "verified", "verified_units", "rate", "rate_ci95", "at_l2", "control", "by_copies")
 
 
-def along_training(target: Target, config: SimpleNamespace, accelerator: Accelerator) -> list[dict[str, Any]]:
+def along_training(
+    target: Target, config: SimpleNamespace, accelerator: Accelerator, prompts: list[str]
+) -> list[dict[str, Any]]:
     """Figures of the checkpoints in ``report.along`` other than the released one, ascending by step.
+
+    Args:
+        prompts: those of the released model, of text-to-image models.
+
 
     A step that training did not reach, because a defense ended it, is left out. What is finished stays in
     ``along/step-N/figures.json``; generated images and weights of a step are removed when it is.
@@ -31,10 +37,12 @@ def along_training(target: Target, config: SimpleNamespace, accelerator: Acceler
         return []
     steps = on_main(accelerator, lambda: all_steps(target.run.checkpoints))
     wanted = [step for step in sorted(config.report.along) if step in steps and step != target.facts["released_step"]]
-    return [_figures(target, config, step, accelerator) for step in wanted]
+    return [_figures(target, config, step, accelerator, prompts) for step in wanted]
 
 
-def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Accelerator) -> dict[str, Any]:
+def _figures(
+    target: Target, config: SimpleNamespace, step: int, accelerator: Accelerator, prompts: list[str]
+) -> dict[str, Any]:
     folder = target.output.path / "along" / f"step-{step}"
     done = folder / "figures.json"
     model, generations = folder / "model", folder / "generations"
@@ -45,7 +53,7 @@ def _figures(target: Target, config: SimpleNamespace, step: int, accelerator: Ac
         facts = on_main(accelerator, lambda: checkpoint_pipeline(config, target.run, step, model))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         source = samples.load(model, config.generate, config.run.seed, shape, accelerator.device)
-        samples.generate(source, generations, config.generate, [], config.run.seed, accelerator)
+        samples.generate(source, generations, config.generate, prompts, config.run.seed, accelerator)
         images = find(generations, config.data.image_size, config.data.channels)
         extraction = None
         if config.attack.extraction is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Source:
     class_frequency: np.ndarray  # int64 [classes]; empty for unconditional models
     facts: dict[str, Any]  # the part `model` of report.json
     sampler: dict[str, Any] | None = None  # what drew the images, where it is not the sampler of the configuration
+    prompts: list[str] = field(default_factory=list)  # those that are attacked, of a text-to-image model
     text_model: TextModel | None = None  # what a defense at seam 6 may ask, of a text-to-image model
 
 
@@ -135,7 +136,7 @@ def _text_source(
     def draw(indices: Sequence[int], prompts: Sequence[str] | None) -> torch.Tensor:
         return _fit(sampler(indices, prompts), shape)
 
-    return Source("prompted", draw, np.zeros(0, dtype=np.int64), facts, text_sampler_of(config), sampler)
+    return Source("prompted", draw, np.zeros(0, dtype=np.int64), facts, text_sampler_of(config), text_model=sampler)
 
 
 def text_sampler_of(config: GenerateConfig) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.guarded:
         measure_unguarded(found, bare, source, target, config, accelerator)
     if target.facts:
-        found.along = along_training(target, config, accelerator)
+        found.along = along_training(target, config, accelerator, source.prompts if source else [])
     report = on_main(accelerator, lambda: assemble(target, config, source, found, accelerator))
     if accelerator.is_main_process:
         write(target, config, report, found)
@@ -116,14 +116,15 @@ def generate(
             target.pipeline, config.generate, config.run.seed, (channels, size, size), accelerator.device
         )
         score = partial(prompt_scores, target, model, config, accelerator)
-        prompts = samples.prompts_of(config.generate, target.dataset, score) if source.protocol == "prompted" else []
+        if source.protocol == "prompted":
+            source.prompts = samples.prompts_of(config.generate, target.dataset, score)
         if target.guarded:
-            bare = draw(source, unguarded_folder(target), "prompts_guard_off", prompts, target, config, accelerator)
+            bare = draw(source, unguarded_folder(target), "prompts_guard_off", target, config, accelerator)
             if bare.streamed is None:
-                samples.reuse(source, bare.folder, prompts)
+                samples.reuse(source, bare.folder, source.prompts)
             context = sampling_context(target, config, accelerator)
             samples.wrap(source, target.defenses, replace(context, text_model=source.text_model))
-        images = draw(source, target.generations, "prompts", prompts, target, config, accelerator)
+        images = draw(source, target.generations, "prompts", target, config, accelerator)
     return source, images, bare
 
 
@@ -131,15 +132,14 @@ def draw(
     source: samples.Source,
     folder: Path,
     records: str,
-    prompts: list[str],
     target: Target,
     config: SimpleNamespace,
     accelerator: Accelerator,
 ) -> Generations:
     """Images of one source into ``folder``; with ``generate.keep=flagged`` attacked at once, records in ``attack/``."""
     if config.generate.keep == "flagged":
-        return stream(source, folder, target.output.attack / records, prompts, target.dataset, config, accelerator)
-    samples.generate(source, folder, config.generate, prompts, config.run.seed, accelerator)
+        return stream(source, folder, target.output.attack / records, target.dataset, config, accelerator)
+    samples.generate(source, folder, config.generate, source.prompts, config.run.seed, accelerator)
     return find(folder, config.data.image_size, config.data.channels)
 
 

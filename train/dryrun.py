@@ -81,6 +81,9 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
+    if families.of(config.model).captioned:
+        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None}
+        say(config.generate.outlook(len(known)))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
