@@ -138,7 +138,8 @@ def draw(
 ) -> Generations:
     """Images of one source into ``folder``; with ``generate.keep=flagged`` attacked at once, records in ``attack/``."""
     if config.generate.keep == "flagged":
-        return stream(source, folder, target.output.attack / records, target.dataset, config, accelerator)
+        place = target.output.attack / records
+        return stream(source, folder, place, source.prompts, target.dataset, config, accelerator)
     samples.generate(source, folder, config.generate, source.prompts, config.run.seed, accelerator)
     return find(folder, config.data.image_size, config.data.channels)
 
