@@ -313,9 +313,9 @@ def memorising(monkeypatch, dataset, since: int) -> None:
     """From step ``since`` on the sampler draws training pictures."""
     original, made = stage.sample_on_all_ranks, {}
 
-    def sample(config, model, schedule, frequency, indices, accelerator):
+    def sample(config, model, schedule, frequency, indices, accelerator, prompts):
         if made["trainer"].state.step < since:
-            return original(config, model, schedule, frequency, indices, accelerator)
+            return original(config, model, schedule, frequency, indices, accelerator, prompts)
         return torch.from_numpy(dataset.images[dataset.rows("train")[: len(indices)]]).float() / 255
 
     def build(*arguments):
