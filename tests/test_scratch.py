@@ -176,15 +176,16 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.slow
 def test_it_learns_to_reconstruct(tmp_path):
+    """Two halves of any colours: six numbers, where the latent has sixteen."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (80, 3, 2, 1), dtype=np.uint8).repeat(8, axis=2).repeat(16, axis=3)
     config = ScratchConfig(autoencoder_steps=400, autoencoder_batch_size=8, autoencoder_learning_rate=4e-3)
-    images, vae = pictures(80), nano()
-    unseen = np.arange(64, 80)
-    mean = images[:64].mean(axis=0)
+    vae, unseen, mean = nano(), np.arange(64, 80), images[:64].mean(axis=0)
     blind = np.sqrt(
         (((images[64:] - mean) / 255) ** 2).mean((1, 2, 3))
-    ).mean()  # what knowing nothing of a picture gives
+    ).mean()  # by someone who has not seen the picture
     training(tmp_path, config=config, images=images, rows=np.arange(64)).run(vae)
-    assert reconstruction_l2(vae, images, unseen) < 0.6 * blind
+    assert reconstruction_l2(vae, images, unseen) < 0.5 * blind
 
 
 def test_a_stopped_training_goes_on_as_if_never_stopped(tmp_path, monkeypatch):

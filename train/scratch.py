@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from defenses.errors import UserError
 from defenses.ranks import on_main
 from defenses.seeding import derive
-from train.autoencoder import AutoencoderTraining, ScratchConfig, reconstruction_l2, standardise
+from train.autoencoder import AutoencoderTraining, ScratchConfig, initialise, reconstruction_l2, standardise
 from train.files import sync_directory, write_json
 from train.vocabulary import learn
 
@@ -161,12 +161,14 @@ def seeded(build, seed: int, part: str):
 def autoencoder(size: Size, image_size: int, channels: int) -> AutoencoderKL:
     """For [B, channels, image_size, image_size] in [-1, 1]. Its latents are standardised in the weights: scaling factor 1."""
     levels = len(size.autoencoder)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=channels, out_channels=channels, block_out_channels=size.autoencoder, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=LATENT_CHANNELS, norm_num_groups=min(32, size.autoencoder[0] // 4), sample_size=image_size,
         scaling_factor=1.0, shift_factor=None,
     )  # fmt: skip
+    initialise(vae)
+    return vae
 
 
 def network(size: Size, image_size: int) -> UNet2DConditionModel:
