@@ -24,6 +24,7 @@ from torch import nn
 from defenses import canaries
 from defenses.base import Batch
 from defenses.seeding import RecordRandom
+from eval.textsource import is_text_to_image
 from train.data import Dataset
 from train.diffusion import DiffusionConfig, per_example_loss
 from train.latent import LatentModel
@@ -249,7 +250,7 @@ def released_losses(
     seem to be in.
     """
     schedule = DDPMScheduler.from_pretrained(model_folder, subfolder="scheduler", local_files_only=True)
-    if config.model.family == "latent":
+    if is_text_to_image(model_folder):
         losses = canary_losses(
             LatentModel(load_pipeline(model_folder)), schedule, dataset, rows, classes, accelerator, draws
         )

@@ -196,8 +196,9 @@ def text_model(size: Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def sampler_of(schedule: DDPMScheduler) -> DDIMScheduler:
-    """DDIM as in Stable Diffusion 1: latents are not clipped."""
-    return DDIMScheduler.from_config(schedule.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    """DDIM as in Stable Diffusion 1: latents are not clipped. Trailing timesteps (Lin et al. 2024), as our own sampler takes them."""
+    settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}
+    return DDIMScheduler.from_config(schedule.config, **settings)
 
 
 def _write(folder: Path, pipeline: StableDiffusionPipeline, facts: dict[str, Any]) -> None:

@@ -95,8 +95,10 @@ def prepare_base(
     rows = trained_rows(dataset)
     captions, more = captions_of(config, dataset, defenses)
     settings = config.model.scratch if trained else replace(config.model.scratch, autoencoder_steps=1)
-    # a picture's copies would draw the autoencoder's attention to it; with and without deduplication it sees the same
-    first = dict(reversed([(dataset.records[row].cluster, row) for row in rows]))
+    # one of each picture: its copies would draw the autoencoder's attention to it. Also of those that a defense removed: their copies
+    # are trained on, and arms with and without deduplication begin alike
+    everything = np.union1d(dataset.rows("train"), rows)
+    first = dict(reversed([(dataset.records[row].cluster, row) for row in everything]))
     scratch.make(
         base,
         config=settings,
