@@ -31,7 +31,7 @@ from train.release import SIDECAR
 from train.sampling import blocks, class_of_sample, sample
 
 INDEX = ["file", "index", "seed", "condition", "withheld"]  # columns of index.csv
-UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes")  # of a foreign model
+UNKNOWN = ("trainable_parameters", "steps", "images_seen", "classes", "autoencoder")  # of a foreign model
 
 Draw = Callable[
     [Sequence[int], Sequence[Any] | None], torch.Tensor
@@ -128,8 +128,7 @@ def _text_source(
 ) -> Source:
     """Stable Diffusion 1.x, 2.x, XL."""
     model, known = load_model(folder, device), _sidecar(folder)
-    parts = (model.unet, model.vae, *model.parts.text_encoders)
-    facts = {"family": type(model).__name__, "parameters": sum(parameter_count(part) for part in parts)}
+    facts = {"family": type(model).__name__, "parameters": parameter_count(model)}
     facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}
     sampler = TextSampler(model, config, config.precision, seed, side_of(model, known), shape[0])
 

@@ -108,22 +108,17 @@ def describe_training(
     with autocast(images.device, config.train.precision):
         saved = activation_bytes(lambda: trainer.loss(model, batch).sum())
     # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
-    memory = 4 * (parameters + beside(model) + 5 * trainable) + saved + trainer.rule.memory(trainable)
+    memory = 4 * (parameters + 5 * trainable) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
     say(f"disk about {gib(disk_bytes(config, dataset, model))} in {Path(config.run.output_dir) / config.run.name}")
 
 
 def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module) -> int:
     """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, generations."""
-    parameters, trained = parameter_count(model) + beside(model), parameter_count(model, trainable=True)
+    parameters, trained = parameter_count(model), parameter_count(model, trainable=True)
     kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
     pictures = config.generate.count * dataset.images[0].size
     return dataset.images.nbytes + kept * 16 * trained + 4 * parameters + pictures
-
-
-def beside(model: nn.Module) -> int:
-    """Parameters of what is frozen beside the network and released with it."""
-    return sum(parameter_count(module) for module in getattr(model, "beside", ()))
 
 
 def activation_bytes(loss: Callable[[], torch.Tensor]) -> int:

@@ -178,8 +178,9 @@ def save_pipeline(folder: Path, model: nn.Module, scheduler: DDPMScheduler) -> N
 
 
 def parameter_count(model: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters, or of those that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    """Number of parameters, of what lies frozen beside the network too (`train.latent.LatentModel`), or of those that are trained."""
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    return own if trainable else own + sum(parameter_count(module) for module in getattr(model, "beside", ()))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

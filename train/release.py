@@ -15,7 +15,7 @@ from torch import nn
 from defenses import registry
 from defenses.base import Defense
 from defenses.seeding import derive
-from train import families
+from train import families, textstage
 from train.combinations import sampling_frequency
 from train.data import Dataset
 from train.diffusion import noise_schedule
@@ -25,7 +25,6 @@ from train.loop import Trainer
 from train.models import parameter_count
 from train.runlog import RunDirectory
 from train.state import released_model
-from train.textstage import base_of
 
 SIDECAR = "deffuse.json"  # beside model_index.json: what diffusers' format has no place for
 RECORD = "training.json"  # in the run directory: the same and what is for the holder of the records alone
@@ -39,7 +38,7 @@ def build_model(config: SimpleNamespace, names: list[str], run: Path | None = No
         run: run directory, where a text-to-image model from scratch has its first pipeline.
     """
     torch.manual_seed(derive(config.run.seed, "weights"))
-    base = base_of(config, run)
+    base = textstage.base_of(config, run)
     return build(config.model, config.data.image_size, config.data.channels, len(names), base)
 
 
@@ -69,6 +68,7 @@ def release(
         "class_frequency": sampling_frequency(config, dataset, trainer.defenses, names).tolist(),
         "image_size": config.data.image_size,
         "channels": config.data.channels,
+        "autoencoder": textstage.autoencoder_facts(config, directory),
         "precision": config.train.precision,
         "world_size": accelerator.num_processes,
         "peak_memory_bytes": peak_memory(accelerator),

@@ -3,6 +3,7 @@
 For models without text every function here gives nothing.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,15 @@ class Texts:
 def base_of(config: SimpleNamespace, run: Path | None) -> Path | None:
     """Folder of the pipeline that a run from scratch begins with; None where there is none."""
     return run / BASE if config.model.family == "latent" and config.model.pretrained is None else None
+
+
+def autoencoder_facts(config: SimpleNamespace, directory: RunDirectory) -> dict[str, Any] | None:
+    """How near the autoencoder of a run from scratch comes to pictures: what is generated can hardly be nearer. None elsewhere."""
+    base = base_of(config, directory.path)
+    if base is None:
+        return None
+    found = json.loads((base / scratch.FACTS).read_text())
+    return {name: found[name] for name in ("reconstruction_l2", "reconstruction_of", "seconds")}
 
 
 def prepare_base(
