@@ -219,7 +219,7 @@ def generation(args: argparse.Namespace, folder: Path, side: int, captions: list
     )
     pipeline.set_progress_bar_config(disable=True)
     settings = SamplerConfig(steps=args.sampling_steps, batch_size=args.images, guidance_scale=GUIDANCE)
-    sampler = TextSampler(load_model(folder, device), settings, precision, 0, side, 3)
+    sampler = TextSampler(load_model(folder, device, precision), settings, precision, 0, side, 3)
     for prompts in (1, 4):
         each = args.images // prompts
 

@@ -127,7 +127,7 @@ def _text_source(
     folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device
 ) -> Source:
     """Stable Diffusion 1.x, 2.x, XL."""
-    model, known = load_model(folder, device), _sidecar(folder)
+    model, known = load_model(folder, device, config.precision), _sidecar(folder)
     facts = {"family": type(model).__name__, "parameters": parameter_count(model)}
     facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}
     sampler = TextSampler(model, config, config.precision, seed, side_of(model, known), shape[0])

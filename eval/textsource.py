@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from defenses.textmodel import TextCondition
 from train import pipelines
@@ -24,14 +25,23 @@ def is_text_to_image(folder: Path) -> bool:
     return json.loads((folder / "model_index.json").read_text()).get("_class_name") in CLASSES
 
 
-def load_model(folder: Path, device: torch.device) -> LatentModel:
+def load_model(folder: Path, device: torch.device, precision: str = "fp32") -> LatentModel:
     """The whole pipeline, frozen, in evaluation mode.
+
+    Args:
+        precision: "bf16": weights of what autocast multiplies are kept in bf16, so that they are not converted in every step;
+            the images are the same.
 
     Raises:
         UserError: see `train.pipelines.load`.
     """
-    model = LatentModel(pipelines.load(folder)).to(device, memory_format=memory_format(device))
-    return model.eval().requires_grad_(False)
+    model = LatentModel(pipelines.load(folder)).eval().requires_grad_(False)
+    if precision == "bf16":
+        for module in (model, *model.beside):
+            for layer in module.modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    layer.to(torch.bfloat16)
+    return model.to(device, memory_format=memory_format(device))
 
 
 def side_of(model: LatentModel, known: dict[str, Any]) -> int:

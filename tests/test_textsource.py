@@ -81,3 +81,11 @@ def test_images_have_the_shape_of_the_data(folder):
     assert images.shape == (2, 1, 24, 24) and source.protocol == "prompted"
     assert source.facts["parameters"] > 10_000 and source.sampler["guidance_scale"] == 7.5
     assert 0 <= images.min() and images.max() <= 1 and np.isfinite(images.numpy()).all()
+
+
+def test_weights_kept_in_bf16_give_the_same_images(folder):
+    settings, images = SamplerConfig(steps=3), []
+    for kept in ("bf16", "fp32"):
+        sampler = TextSampler(load_model(folder, CPU, kept), settings, "bf16", 5, 16, 3)
+        images.append(sampler([0, 1], ["a chest", "left lung"]))
+    assert torch.equal(images[0], images[1])

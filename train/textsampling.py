@@ -54,10 +54,14 @@ def sample(
         conditions: what to condition on in place of the prompts' own embeddings, one per image.
         known: see `conditions_of`.
     """
-    device, size = next(model.parameters()).device, shape[1]
-    with autocast(device, precision):
-        condition = conditions if conditions is not None else conditions_of(model, prompts, known)
-        empty = model.conditioner.empty() if config.guidance_scale != 1 else None
+    device = next(model.parameters()).device
+    with autocast(device, precision):  # one block: within it the weights are converted once
+        return _sample(model, config, indices, shape, seed, prompts, conditions, known, device)
+
+
+def _sample(model, config, indices, shape, seed, prompts, conditions, known, device) -> torch.Tensor:
+    size = shape[1]
+    condition = conditions if conditions is not None else conditions_of(model, prompts, known)
     condition = condition.to(device)
     scheduler = build_sampler(config, model.parts.scheduler.config)
     scheduler.set_timesteps(config.steps, device=device)
@@ -65,21 +69,19 @@ def sample(
     start = torch.stack([start_noise(seed, p, i, own) for p, i in zip(prompts, indices, strict=True)])
     latents = (start * scheduler.init_noise_sigma).to(device)
     ids = torch.tensor([time_ids(size)] * len(latents), device=device)
-    if empty is not None:
-        condition, ids = joined(repeated(empty.to(device), len(latents)), condition), torch.cat([ids, ids])
+    guided = config.guidance_scale != 1
+    if guided:
+        empty = model.conditioner.empty().to(device)
+        condition, ids = joined(repeated(empty, len(latents)), condition), torch.cat([ids, ids])
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents, timestep)
-        if empty is not None:
-            inputs = torch.cat([inputs, inputs])
-        with autocast(device, precision):
-            output = predict(model.unet, inputs, timestep.expand(len(inputs)), condition, ids).float()
-        if empty is not None:
+        inputs = torch.cat([inputs, inputs]) if guided else inputs
+        output = predict(model.unet, inputs, timestep.expand(len(inputs)), condition, ids).float()
+        if guided:
             without, with_caption = output.chunk(2)
             output = without + config.guidance_scale * (with_caption - without)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
-    with autocast(device, precision):
-        images = model.decode(latents)
-    return to_channels(images, shape[0]).cpu()
+    return to_channels(model.decode(latents), shape[0]).cpu()
 
 
 def joined(first: Condition, second: Condition) -> Condition:
