@@ -64,6 +64,9 @@ class Upper(Defense):
     name = "upper"
     calls = 0
 
+    def claim(self):
+        return {"kind": "none"}
+
     def rewrite(self, captions):
         self.calls += 1
         return [caption.upper() for caption in captions]

@@ -82,7 +82,10 @@ def describe_training(
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     if families.of(config.model).captioned:
-        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None}
+        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
+        if config.generate.prompts is not None:
+            lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+            known = {line.strip() for line in lines} - {""}
         say(config.generate.outlook(len(known)))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)

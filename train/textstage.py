@@ -225,8 +225,13 @@ def preview_prompts(
 def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prompts: Callable | None) -> None:
     """What the previews are drawn with, so that whoever has the model can draw them again."""
     if prompts is not None:
-        settings = {"sampler": "ddim", "steps": min(25, config.train.diffusion.timesteps), "seed": config.run.seed}
-        settings["guidance_scale"] = config.generate.guidance_scale
+        settings = {
+            "sampler": "ddim",
+            "timestep_spacing": "trailing",
+            "steps": min(25, config.train.diffusion.timesteps),
+        }
+        settings |= {"guidance_scale": config.generate.guidance_scale, "precision": config.train.precision}
+        settings["seed"] = config.run.seed
         write_json(directory.samples / PREVIEWS, settings | {"prompts": prompts(range(config.train.preview_count))})
 
 
