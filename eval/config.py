@@ -105,6 +105,8 @@ def check(config: SimpleNamespace) -> None:
         UserError: a combination that must not run.
     """
     foreign = getattr(config, "pipeline", None) or getattr(config, "generations", None)
+    if foreign is None and families.of(config.model).captioned and config.data.label_key is not None:
+        raise UserError("data.label_key", "a text-to-image model takes captions, not classes", "set it to null")
     extraction = config.attack.extraction
     if extraction is not None and foreign is None:
         captioned = families.of(config.model).captioned

@@ -93,17 +93,23 @@ def measure(job: Job, accelerator: Accelerator) -> Cost:
         select_records(config, dataset, defenses, accelerator)
         textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=False)
         trainer = build_trainer(
-            config, dataset, directory, accelerator, defenses, class_names(dataset, config.data.label_key)
+            config,
+            dataset,
+            directory,
+            accelerator,
+            defenses,
+            class_names(dataset, config.data.label_key),
+            rehearsal=True,
         )
-        return Cost(
-            step_seconds(trainer), forward_seconds(trainer, config), disk_bytes(config, dataset, trainer.state.model)
-        )
+        disk = disk_bytes(config, dataset, trainer.state.model)
+        disk += textstage.cache_bytes(config, dataset, defenses, trainer.state.model)
+        return Cost(step_seconds(trainer), forward_seconds(trainer, config), disk)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_seconds(trainer: Trainer) -> float:
-    trainer.step()
+    trainer.step()  # encodes what a cache would hold; the batch stays the same
     started = time.perf_counter()
     for _ in range(TIMED_STEPS):
         trainer.step()

@@ -117,6 +117,25 @@ def test_lora_reproduces_the_merged_pipeline_and_the_previews(folders, tmp_path,
     assert np.abs(drawn[0] - drawn[1]).max() < 2e-3 < np.abs(drawn[0] - base).max()
 
 
+def test_whoever_has_the_model_draws_the_last_previews_again(folders, tmp_path):
+    from diffusers import DDIMScheduler
+    from PIL import Image
+
+    _, directory, _ = run(tmp_path, folders["sd"], "train.steps=3", "train.learning_rate=0.01", "model.cache=false")
+    told = json.loads((directory.samples / "prompts.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(directory.model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing=told["timestep_spacing"], clip_sample=False
+    )
+    noise = torch.stack([start_noise(told["seed"], text, i, (4, 8, 8)) for i, text in enumerate(told["prompts"])])
+    options = {"num_inference_steps": told["steps"], "guidance_scale": told["guidance_scale"], "output_type": "np"}
+    drawn = pipeline(told["prompts"], latents=noise, **options).images * 255
+    grid = np.asarray(Image.open(directory.samples / "step-3.png").convert("RGB")).astype(float)
+    for place, (y, x) in enumerate([(0, 0), (0, 16), (16, 0)]):
+        assert np.abs(grid[y : y + 16, x : x + 16] - drawn[place]).max() < 1.01
+
+
 def test_our_sampler_equals_the_pipeline(folders):
     from train.sampling import SamplerConfig
 

@@ -4,8 +4,10 @@ A file's name holds a digest of everything that changes its content, and it appe
 used. The folder holds what training pictures and captions can be read from: mode 0700, as the rest of the run directory.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -131,6 +133,62 @@ def cached_conditions(
     return look_up
 
 
+def momentary_moments(
+    model: LatentModel, images: np.ndarray, precision: str, accelerator: Accelerator
+) -> Callable[[np.ndarray], torch.Tensor]:
+    """As `cached_moments`, of the pictures that are asked for alone, in memory: for a dry run, which looks at a few."""
+    known: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def read(wanted: np.ndarray) -> torch.Tensor:
+        new = [row for row in dict.fromkeys(wanted.tolist()) if row not in known]
+        if new:
+            pixels = torch.from_numpy(images[new]).to(accelerator.device).float() / 127.5 - 1
+            with autocast(accelerator.device, precision):
+                known.update(zip(new, model.moments(pixels).cpu(), strict=True))
+        if not len(wanted):
+            return read(np.zeros(1, np.int64))[:0]
+        return torch.stack([known[row] for row in wanted.tolist()])
+
+    return read
+
+
+def momentary_conditions(
+    model: LatentModel, precision: str, accelerator: Accelerator
+) -> Callable[[Sequence[str]], Condition]:
+    """As `cached_conditions`, likewise."""
+    known: dict[str, Condition] = {}
+
+    def look_up(wanted: Sequence[str]) -> Condition:
+        new = sorted(set(wanted) - known.keys())
+        if new:
+            with autocast(accelerator.device, precision):
+                found = model.conditioner.encode(new)
+            for row, caption in enumerate(new):
+                known[caption] = Condition(found.text[row], None if found.pooled is None else found.pooled[row])
+        rows = [known[caption] for caption in wanted]
+        pooled = None if rows[0].pooled is None else torch.stack([row.pooled for row in rows])
+        return Condition(torch.stack([row.text for row in rows]), pooled)
+
+    return look_up
+
+
+def reserve(path: Path) -> None:
+    """Takes the room of a sparse file now: where a disk is full, writing into a memory map would kill the process (SIGBUS).
+
+    Raises:
+        OSError: there is not enough room; the file is removed.
+    """
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            path.unlink(missing_ok=True)
+            raise
+        # a file system that cannot reserve
+
+
 def _filled(
     path: Path, shape: tuple[int, ...], compute: Callable[[np.ndarray], torch.Tensor], batch_size: int, accelerator
 ) -> np.ndarray:
@@ -141,6 +199,7 @@ def _filled(
         def make() -> None:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
+            reserve(partial)
 
         on_main(accelerator, make)
 

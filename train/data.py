@@ -43,6 +43,8 @@ class Dataset:
     images: np.ndarray
     ignored: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    # defenses and the captions that they made (`train.textstage.captions_of`)
+    rewritten: tuple[list, tuple] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rows(self, split: str, kept: bool | None = None) -> np.ndarray:
         """Ascending rows of a split, int64; ``kept`` restricts them to records that are (not) kept. Canaries, trained on or

@@ -41,7 +41,7 @@ def dry_run(tree: DictConfig, config: SimpleNamespace, accelerator: Accelerator)
         describe_data(say, dataset)
         names = class_names(dataset, config.data.label_key)
         textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=False)
-        trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
+        trainer = build_trainer(config, dataset, directory, accelerator, defenses, names, rehearsal=True)
         describe_training(say, config, trainer, dataset, len(names), accelerator)
         accelerator.wait_for_everyone()
     finally:
@@ -82,7 +82,10 @@ def describe_training(
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     if families.of(config.model).captioned:
-        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None}
+        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
+        if config.generate.prompts is not None:
+            lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+            known = {line.strip() for line in lines} - {""}
         say(config.generate.outlook(len(known)))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
@@ -110,7 +113,10 @@ def describe_training(
     # weights, gradient, two moments, EMA; the EMA is stored once more while it is evaluated
     memory = 4 * (parameters + 5 * trainable) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
-    say(f"disk about {gib(disk_bytes(config, dataset, model))} in {Path(config.run.output_dir) / config.run.name}")
+    cached = textstage.cache_bytes(config, dataset, trainer.defenses, model)
+    disk = disk_bytes(config, dataset, model) + cached
+    where = Path(config.run.output_dir) / config.run.name
+    say(f"disk about {gib(disk)} in {where}" + (f", of which caches {gib(cached)}" if cached else ""))
 
 
 def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module) -> int:

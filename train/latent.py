@@ -192,9 +192,15 @@ def check_schedule(config: ModelConfig, schedule: DDPMScheduler, parts: Parts) -
     """Refuses to go on training with another noise schedule or prediction than the pipeline's.
 
     Raises:
-        UserError: with all settings that would fit.
+        UserError: with all settings that would fit; or no settings would.
     """
     theirs, ours = parts.scheduler.config, schedule.config
+    for name in ("rescale_betas_zero_snr", "trained_betas"):
+        if theirs.get(name) not in (None, False):
+            raise UserError(
+                "model.pretrained", f"{parts.source} has a noise schedule with {name}, which is not offered",
+                "give a pipeline without it",
+            )  # fmt: skip
     keys = {
         "prediction_type": "prediction",
         "beta_schedule": "noise_schedule",

@@ -49,6 +49,7 @@ def train_model(
     if on_main(accelerator, lambda: (directory.model / SIDECAR).exists()):
         return json.loads((directory.path / RECORD).read_text())
     names = class_names(dataset, config.data.label_key)
+    refuse_early(config, defenses, accelerator)
     textstage.prepare_base(config, dataset, directory, defenses, accelerator)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
     newest = on_main(accelerator, lambda: checkpoint.latest(directory.checkpoints))
@@ -71,20 +72,19 @@ def build_trainer(
     accelerator: Accelerator,
     defenses: list[Defense],
     names: list[str],
+    rehearsal: bool = False,
 ) -> Trainer:
-    """Wires model, optimizer, plan, seams and previews together."""
+    """Wires model, optimizer, plan, seams and previews together.
+
+    Args:
+        rehearsal: for a dry run: latents and texts are not encoded ahead.
+    """
     settings = config.train
     rows = trained_rows(dataset)
-    if settings.batch_size < accelerator.num_processes * settings.accumulation:
-        raise UserError(
-            "train.batch_size",
-            f"{settings.batch_size} is less than {accelerator.num_processes} processes x {settings.accumulation} micro-batches",
-            "raise it, or lower train.accumulation",
-        )
-    refuse_combinations(config, defenses)
+    refuse_early(config, defenses, accelerator)
     model = build_model(config, names, directory.path)
     model = model.to(accelerator.device, memory_format=memory_format(accelerator.device)).train()
-    speed_up(model, settings, defenses)
+    speed_up(model, settings)
     optimizer = build_optimizer(settings.optimizer, trained_parameters(model), settings.learning_rate)
     ema = EMAModel(trained_parameters(model), decay=settings.ema_decay, foreach=True)
     state = TrainState(model=model, optimizer=optimizer, ema=ema)
@@ -94,7 +94,7 @@ def build_trainer(
     begin(config, dataset, directory, accelerator, defenses)
     plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
-    text = textstage.texts_of(config, dataset, directory, defenses, model, accelerator)
+    text = textstage.texts_of(config, dataset, directory, defenses, model, accelerator, rehearsal)
     wants = {name for defense in defenses for name in defense.wants}
     objective = family.objective(model, settings, schedule, wants, text.encode)
     heldout = {} if quiet else heldout_batches(config, dataset, names, objective, accelerator, text.captions)
@@ -144,16 +144,31 @@ def build_trainer(
     return trainer
 
 
-def speed_up(model: nn.Module, settings: TrainConfig, defenses: list[Defense]) -> None:
-    """Gradient checkpointing and compilation, in place.
+def refuse_early(config: SimpleNamespace, defenses: list[Defense], accelerator: Accelerator) -> None:
+    """What can be refused before there is a model: that of a text-to-image run from scratch takes long to make.
 
     Raises:
-        UserError: a defense that takes gradients per record cannot use it.
+        UserError: too small a batch; defenses that contradict each other, the kind of model or how it is run; an optimizer that is
+            not installed or does not work here.
     """
+    settings = config.train
+    if settings.batch_size < accelerator.num_processes * settings.accumulation:
+        raise UserError(
+            "train.batch_size",
+            f"{settings.batch_size} is less than {accelerator.num_processes} processes x {settings.accumulation} micro-batches",
+            "raise it, or lower train.accumulation",
+        )
+    refuse_combinations(config, defenses)
     owners = [d.name for d in defenses if type(d).gradient_rule is not Defense.gradient_rule]
     for key in ("gradient_checkpointing", "compile"):
         if getattr(settings, key) and owners:
             raise UserError(f"train.{key}", f"does not work with gradients per record ({owners[0]})", "set it to false")
+    is_quiet(config, defenses)
+    build_optimizer(settings.optimizer, [nn.Parameter(torch.ones(1, device=accelerator.device))], 1.0)
+
+
+def speed_up(model: nn.Module, settings: TrainConfig) -> None:
+    """Gradient checkpointing and compilation, in place."""
     if settings.gradient_checkpointing:
         for module in model.modules():
             if hasattr(module, "enable_gradient_checkpointing"):

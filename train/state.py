@@ -118,6 +118,15 @@ def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
 
 
 def released_model(state: TrainState) -> nn.Module:
-    """A copy of the model that holds the EMA weights, on the CPU."""
+    """A copy of the model that holds the EMA weights, on the CPU. The accelerator never holds two of them."""
     with averaged_weights(state) as model:
-        return copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+        modules = [model, *getattr(model, "beside", ())]
+        there = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+        # deepcopy takes from its memo what it would copy; a tensor on the CPU already it copies itself
+        here = {id(each): _on_cpu(each) for each in there if each.device.type != "cpu"}
+        return copy.deepcopy(model, here).to("cpu", memory_format=torch.contiguous_format).eval()
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied

@@ -4,6 +4,7 @@ For models without text every function here gives nothing.
 """
 
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,15 @@ from defenses import registry
 from defenses.base import Batch, Defense
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, derive
-from train import families, scratch
-from train.cache import cached_conditions, cached_moments
+from train import adapters, families, scratch
+from train.cache import cached_conditions, cached_moments, momentary_conditions, momentary_moments
 from train.conditioner import Condition
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.files import write_json
 from train.records import trained_rows
 from train.runlog import RunDirectory
+from train.textsampling import latent_shape
 
 BASE = "base"  # folder of a run from scratch: the pipeline as training finds it, tokenizer and autoencoder ready
 CACHE = "cache"
@@ -102,6 +104,10 @@ def prepare_base(
             f"null: tokenizer and autoencoder would be made from the records, outside the guarantee of {private[0]}",
             "give a pipeline that was trained on public pictures",
         )
+    if config.model.trainable is not None and config.model.size in scratch.SIZES:  # before the autoencoder is trained
+        with torch.device("meta"):
+            network = scratch.network(scratch.SIZES[config.model.size], config.data.image_size)
+        adapters.apply(network, None, config.model.trainable)
     rows = trained_rows(dataset)
     captions, more = captions_of(config, dataset, defenses)
     settings = config.model.scratch if trained else replace(config.model.scratch, autoencoder_steps=1)
@@ -127,11 +133,15 @@ def prepare_base(
 def captions_of(
     config: SimpleNamespace, dataset: Dataset, defenses: list[Defense]
 ) -> tuple[list[str], list[list[str]]]:
-    """Captions of every record as they are trained on: rewritten by the defenses; "" where there is none.
+    """Captions of every record as they are trained on: rewritten by the defenses; "" where there is none. They are rewritten once
+    per data set and defenses, since that takes minutes for a million; the lists are shared and must not be changed.
 
     Raises:
         UserError: no training record has a caption.
     """
+    known = dataset.rewritten
+    if known is not None and len(known[0]) == len(defenses) and all(map(operator.is_, known[0], defenses)):
+        return known[1]
     rows = trained_rows(dataset)
     if config.data.caption_key is None or not any(dataset.records[row].caption for row in rows):
         key = config.data.caption_key
@@ -145,6 +155,7 @@ def captions_of(
         flat = defense.rewrite([*captions, *(text for texts in more for text in texts)])
         captions, rest = flat[: len(captions)], iter(flat[len(captions) :])
         more = [[next(rest) for _ in texts] for texts in more]
+    dataset.rewritten = list(defenses), (captions, more)
     return captions, more
 
 
@@ -155,8 +166,13 @@ def texts_of(
     defenses: list[Defense],
     model: nn.Module,
     accelerator: Accelerator,
+    rehearsal: bool = False,
 ) -> Texts:
-    """Captions, and the caches where they are of use."""
+    """Captions, and the caches where they are of use.
+
+    Args:
+        rehearsal: for a dry run: only what is asked for is encoded, and nothing is written.
+    """
     if not families.of(config.model).captioned:
         return Texts()
     captions, more = captions_of(config, dataset, defenses)
@@ -164,6 +180,12 @@ def texts_of(
     if not config.model.cache:
         return found
     rows, folder, precision = trained_rows(dataset), directory.path / CACHE, config.train.precision
+    if rehearsal:
+        if not changes_images(defenses, dataset):
+            found.moments = momentary_moments(model, dataset.images, precision, accelerator)
+        if not model.trains_text:
+            found.encode = momentary_conditions(model, precision, accelerator)
+        return found
     if not changes_images(defenses, dataset):
         stamps = [record.pixel_hash for record in dataset.records]
         found.moments = cached_moments(model, dataset.images, rows, stamps, folder, precision, accelerator)
@@ -171,6 +193,22 @@ def texts_of(
         known = {"", *(captions[row] for row in rows), *(text for row in rows for text in more[row])}
         found.encode = cached_conditions(model, sorted(known), folder, precision, accelerator)
     return found
+
+
+def cache_bytes(config: SimpleNamespace, dataset: Dataset, defenses: list[Defense], model: nn.Module) -> int:
+    """Bytes that the caches of a run will take on disk."""
+    if not families.of(config.model).captioned or not config.model.cache:
+        return 0
+    rows, total = trained_rows(dataset), 0
+    if not changes_images(defenses, dataset):
+        channels, side, _ = latent_shape(model, config.data.image_size)
+        total += 4 * len(rows) * 2 * channels * side**2
+    if not model.trains_text:
+        captions, more = captions_of(config, dataset, defenses)
+        known = {"", *(captions[row] for row in rows), *(text for row in rows for text in more[row])}
+        example = model.conditioner.encode([""])
+        total += 4 * len(known) * (example.text.numel() + (0 if example.pooled is None else example.pooled.numel()))
+    return total
 
 
 def changes_images(defenses: list[Defense], dataset: Dataset) -> bool:
@@ -199,8 +237,13 @@ def preview_prompts(
 def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prompts: Callable | None) -> None:
     """What the previews are drawn with, so that whoever has the model can draw them again."""
     if prompts is not None:
-        settings = {"sampler": "ddim", "steps": min(25, config.train.diffusion.timesteps), "seed": config.run.seed}
-        settings["guidance_scale"] = config.generate.guidance_scale
+        settings = {
+            "sampler": "ddim",
+            "timestep_spacing": "trailing",
+            "steps": min(25, config.train.diffusion.timesteps),
+        }
+        settings |= {"guidance_scale": config.generate.guidance_scale, "precision": config.train.precision}
+        settings["seed"] = config.run.seed
         write_json(directory.samples / PREVIEWS, settings | {"prompts": prompts(range(config.train.preview_count))})
 
 

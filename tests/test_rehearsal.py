@@ -1,0 +1,131 @@
+"""What a text-to-image run refuses or tells before its long stages, and what these stages do once."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defenses.base import Defense
+from defenses.errors import UserError
+from eval.config import check
+from tests.pipelines import change, stable_diffusion
+from tests.small import opened, small_config
+from tests.test_latent import SD
+from train import cache, scratch, textstage
+from train.cli import is_disk_full
+from train.stage import build_trainer, train_model
+from train.state import released_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipelines") / "sd"
+    torch.manual_seed(0)
+    stable_diffusion(folder)
+    return folder
+
+
+def test_a_rehearsal_encodes_what_it_looks_at_alone_and_knows_the_room_for_the_rest(base, tmp_path):
+    config, dataset, directory, defenses, accelerator = opened(tmp_path, *SD, f"model.pretrained={base}")
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [], rehearsal=True)
+    folder = directory.path / textstage.CACHE
+    assert not folder.exists()
+    looked = next(iter(trainer.microbatches(trainer.plan.batch(0))))
+    foretold = textstage.cache_bytes(config, dataset, defenses, trainer.state.model)
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [])
+    cached = next(iter(trainer.microbatches(trainer.plan.batch(0))))
+    assert torch.allclose(looked.latents, cached.latents, atol=1e-5)
+    assert torch.allclose(looked.text, cached.text, atol=1e-5)
+    files = list(folder.iterdir())
+    header = 128  # bytes of a .npy file
+    assert len(files) == 2 and foretold == sum(file.stat().st_size - header for file in files)
+
+
+def test_a_full_disk_is_met_before_a_cache_is_mapped(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "table.npy"
+    np.lib.format.open_memmap(file, "w+", np.float32, (1000, 1000)).flush()
+    assert file.stat().st_blocks * 512 < 4_000_000  # sparse
+    cache.reserve(file)
+    assert file.stat().st_blocks * 512 >= 4_000_000
+    assert np.load(file).shape == (1000, 1000)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError) as caught:
+        cache.reserve(file)
+    assert is_disk_full(caught.value) and not file.exists()
+
+
+class Upper(Defense):
+    name = "upper"
+    calls = 0
+
+    def claim(self):
+        return {"kind": "none"}
+
+    def rewrite(self, captions):
+        self.calls += 1
+        return [caption.upper() for caption in captions]
+
+
+def test_captions_are_rewritten_once(base, tmp_path):
+    config, dataset, directory, _, accelerator = opened(tmp_path, *SD, f"model.pretrained={base}", "model.cache=false")
+    defense = Upper()
+    trainer = build_trainer(config, dataset, directory, accelerator, [defense], [])
+    assert defense.calls == 1
+    assert all(caption.isupper() for caption in trainer.fetch(np.arange(3))["captions"])
+    other = Upper()
+    assert textstage.captions_of(config, dataset, [])[0][0] == dataset.records[0].caption
+    assert textstage.captions_of(config, dataset, [other])[0][0].isupper() and other.calls == 1
+
+
+@pytest.mark.parametrize("setting", [{"rescale_betas_zero_snr": True}, {"trained_betas": [0.01] * 1000}])
+def test_a_schedule_that_training_would_not_follow_is_refused(tmp_path, setting):
+    stable_diffusion(tmp_path / "sd")
+    change(tmp_path / "sd" / "scheduler" / "scheduler_config.json", **setting)
+    arguments = opened(tmp_path, *SD, f"model.pretrained={tmp_path / 'sd'}")
+    with pytest.raises(UserError, match=next(iter(setting))) as caught:
+        train_model(*arguments)
+    assert caught.value.key == "model.pretrained"
+
+
+def test_classes_are_refused_with_the_configuration(tmp_path):
+    _, config = small_config(tmp_path, "model.family=latent", "data.caption_key=caption", "data.label_key=label")
+    with pytest.raises(UserError) as caught:
+        check(config)
+    assert caught.value.key == "data.label_key"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.batch_size=1", "train.batch_size"),
+        ("model.trainable=['nothing*']", "model.trainable"),
+        ("train.optimizer.eight_bit=true", "train.optimizer.eight_bit"),
+    ],
+)
+def test_mistakes_are_met_before_an_autoencoder_is_trained(tmp_path, monkeypatch, override, key):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setattr(scratch, "make", lambda *arguments, **options: pytest.fail("the autoencoder was trained"))
+    arguments = opened(
+        tmp_path, "model.family=latent", "model.size=nano", "data.caption_key=caption", "train.accumulation=2", override
+    )
+    with pytest.raises(UserError) as caught:
+        train_model(*arguments)
+    assert caught.value.key == key
+
+
+def test_the_released_copy_shares_nothing_with_the_model(base, tmp_path):
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path, *SD, f"model.pretrained={base}", "model.cache=false", "model.adapter.rank=2"
+    )
+    state = build_trainer(config, dataset, directory, accelerator, defenses, []).state
+    copied = released_model(state)
+    assert copied.parts.unet is copied.unet and copied.vae is copied.beside[0]
+    assert copied.conditioner.encoders[0] is copied.beside[1]
+    theirs = {each.data_ptr() for module in (state.model, *state.model.beside) for each in module.parameters()}
+    assert not theirs & {each.data_ptr() for module in (copied, *copied.beside) for each in module.parameters()}
