@@ -276,17 +276,31 @@ def test_resume_with_another_base_is_refused(folders, tmp_path):
     assert Interrupted and Trainer
 
 
-def test_dp_sgd_on_lora(folders, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dp_sgd_on_lora(folders, tmp_path, precision):
     """Gradients per record through the whole seam; the start-up check compares them with a loop."""
     options = [
         "defenses.dpsgd.epsilon=8",
         "defenses.dpsgd.test_seed=1",
         "model.adapter.rank=2",
         "train.preview_every=0",
+        f"train.precision={precision}",
     ]
     facts, directory, _ = run(tmp_path, folders["sd"], *options)
     assert facts["defenses"][0]["claim"]["kind"] == "dp"
     assert moved(folders["sd"], directory.model, "unet")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dp_sgd_on_adapters_of_the_text_encoder_with_noise(folders, tmp_path, kind, precision):
+    """The check of influence must not take rounding in another memory layout for influence: it refused this one."""
+    _, directory, _ = run(
+        tmp_path, folders[kind], "defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "model.adapter.rank=2",
+        "model.train_text_encoder=true", "defenses.captions={noise_probability: 0.5}", "train.steps=2",
+        "train.checkpoint_every=2", "train.preview_every=0", "train.heldout_every=0", f"train.precision={precision}",
+    )  # fmt: skip
+    assert moved(folders[kind], directory.model, "text_encoder")
 
 
 def test_dp_sgd_on_all_weights(folders, tmp_path):
