@@ -54,7 +54,9 @@ def check(
     norms = torch.stack([_norm(gradient) for gradient in right]).square().sum(0).sqrt()  # [U]
     if not norms.isfinite().all() or not norms.any():
         raise UserError(
-            "model", "the gradients of its trainable parameters are zero or not finite", "check the weights"
+            "model",
+            "the gradients of its trainable parameters are zero or not finite",
+            "check the weights, and that no defense leaves all examples out (defenses.text_filter.threshold)",
         )
     found = _tried(chosen, model_copy, loss, units, REMEDY)
     worst, place = _worst(found, right, norms)
@@ -130,12 +132,11 @@ def _worst(found: list[torch.Tensor], right: list[torch.Tensor], norms: torch.Te
 
 
 def _others_replaced(units: Units) -> Units:
-    """The first unit as it is; all others get its timesteps and labels, and its images and noise negated."""
-    tensors = {}
-    for name, value in units.tensors.items():
-        first = value[:1]
-        others = -first if value.is_floating_point() else first
-        tensors[name] = torch.cat([first, others.expand(len(units) - 1, *value.shape[1:])])
+    """The first unit as it is; all others get its timesteps and labels, and its images and noise negated. In the memory layout that the
+    units have: another one would round otherwise, which is no influence."""
+    tensors = {name: value.clone() for name, value in units.tensors.items()}
+    for value in tensors.values():
+        value[1:] = -value[:1] if value.is_floating_point() else value[:1]
     return Units(tensors, units.weights)
 
 

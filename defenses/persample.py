@@ -7,7 +7,7 @@ the other by ordinary autograd. `gradcheck.check` compares any of them with the 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -253,7 +253,11 @@ def _lower(value: torch.Tensor) -> torch.Tensor:
 
 
 def _lower_input(value: Any) -> Any:
-    """Images and embeddings in bfloat16; timesteps [B] stay: 999 and 1000 would become one."""
+    """Images and embeddings in bfloat16, those inside a `Batch` or condition too; timesteps [B] stay: 999 and 1000 would become one.
+    So do the sizes that Stable Diffusion XL is told."""
+    if is_dataclass(value):
+        told = {name: getattr(value, name, None) for name in ("text", "pooled")}
+        return replace(value, **{name: _lower(each) for name, each in told.items() if each is not None})
     return _lower(value) if torch.is_tensor(value) and value.ndim > 1 else value
 
 

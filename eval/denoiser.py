@@ -99,11 +99,12 @@ class Denoiser:
         return (x - spread * epsilon) / signal
 
 
-def load(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Denoiser:
+def load(folder: Path, shape: tuple[int, int, int], device: torch.device, latent_side: int | None = None) -> Denoiser:
     """The denoiser of a pipeline saved in diffusers' format: safetensors only, no remote code, no network.
 
     Args:
         shape: (C, H, W) of the data.
+        latent_side: of a text-to-image model that is asked at another size than its own; null: its own.
 
     Raises:
         UserError: it cannot be loaded, or is a kind of model that these attacks do not know.
@@ -136,7 +137,7 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Den
     if isinstance(network, UNet2DConditionModel) and hasattr(pipeline, "vae") and hasattr(pipeline, "encode_prompt"):
         if network.config.in_channels != pipeline.vae.config.latent_channels:
             raise _unknown(folder, f"a {name} whose network sees more than the latents (inpainting, upscaling)")
-        return _text_to_image(pipeline, shape, device)
+        return _text_to_image(pipeline, shape, device, latent_side)
     raise _unknown(folder, f"a {name}")
 
 
@@ -188,7 +189,9 @@ def of_network(
     )
 
 
-def _text_to_image(pipeline: Any, shape: tuple[int, int, int], device: torch.device) -> Denoiser:
+def _text_to_image(
+    pipeline: Any, shape: tuple[int, int, int], device: torch.device, latent_side: int | None
+) -> Denoiser:
     """Stable Diffusion 1.x, 2.x, XL: denoising of the scaled latents of the VAE, under the embedding of a caption."""
     pipeline.to(device)
     network, vae = pipeline.unet, pipeline.vae
@@ -196,7 +199,7 @@ def _text_to_image(pipeline: Any, shape: tuple[int, int, int], device: torch.dev
         if part is not None:
             part.eval().requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    sizes = network.config.sample_size
+    sizes = latent_side or network.config.sample_size
     sizes = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes or (0, 1))
     if sizes[0] != sizes[1]:
         raise UserError(

@@ -79,7 +79,8 @@ def load_base(tuned: Denoiser, tuned_folder: Path, base_folder: Path, image_shap
         UserError: it cannot be loaded, or does not fit.
     """
     try:
-        base = load(base_folder, image_shape, tuned.device)
+        # a base is asked at the size of the fine-tuned model, which may have been trained at another than its own
+        base = load(base_folder, image_shape, tuned.device, tuned.shape[-1] if tuned.latent else None)
     except UserError as error:
         raise UserError(KEY, error.problem, _OTHER) from error
     if tuned.latent and base.latent:
@@ -210,11 +211,11 @@ def sample(
 
 
 def _told(pair: Pair, guidance: Guidance, conditions: Sequence[Any]) -> _Told:
-    captions = pair.tuned.kind == "caption"
-    empty = [""] * len(conditions)
-    base = empty if captions and guidance.base_caption == "empty" else conditions
-    null = pair.tuned.condition(empty) if captions and guidance.scale != 1 and guidance.weight == 1 else None
-    return _Told(pair.tuned.condition(conditions), pair.base.condition(base), null)
+    captions, count = pair.tuned.kind == "caption", len(conditions)
+    empty = captions and guidance.base_caption == "empty"
+    base = pair.base.null(count) if empty else pair.base.condition(conditions)
+    null = pair.tuned.null(count) if captions and guidance.scale != 1 and guidance.weight == 1 else None
+    return _Told(pair.tuned.condition(conditions), base, null)
 
 
 def draw(

@@ -83,6 +83,8 @@ class FinetuningConfig:
         if not all(0 < weight < math.inf for weight in self.weights):
             raise UserError(f"{section}.weights", f"{self.weights} are not all positive", "e.g. [1.0, 3.0]")
         self.weights = list(dict.fromkeys([1.0, *self.weights]))
+        if len({f"{weight:g}" for weight in self.weights}) < len(self.weights):  # names of folders
+            raise UserError(f"{section}.weights", f"{self.weights} do not differ in six digits", "take them apart")
         for key, images in (("count", self.count), ("per_prompt", self.per_prompt * self.max_prompts)):
             if images > MOST:
                 raise UserError(f"{section}.{key}", f"gives {images:,} images, of which all pairs are compared", f"at most {MOST:,}")  # fmt: skip

@@ -205,7 +205,8 @@ def reference_of(scene: Scene) -> Reference:
     shape = target.dataset.images.shape[1:]
     if settings.reference is not None:
         try:
-            model = load(Path(settings.reference), shape, device)
+            own = scene.denoiser  # a text-to-image model may have been trained at another size than the reference
+            model = load(Path(settings.reference), shape, device, own.shape[-1] if own.latent else None)
         except UserError as error:
             raise UserError("attack.inpainting.reference", error.problem, error.remedy) from error
         return Reference("pipeline", lambda row: (settings.reference, model))

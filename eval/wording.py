@@ -97,6 +97,13 @@ def distinct_pictures(report: dict[str, Any]) -> int:
     return sum(row["pictures"] for row in by_copies.values()) if by_copies else report["data"]["clusters"]
 
 
+PROMPTED_CONTROL = (
+    "Captions alone: prompts that describe training pictures draw images nearer to these than to held-out pictures, also from a model "
+    "that has not seen either. The p-value of the control does not tell that from memorisation; the same attack on pictures that the "
+    "model never saw, with their captions (eval/run.py pipeline=… data.source=…), does."
+)
+
+
 def rate_sentence(extraction: dict[str, Any], pictures: int) -> str:
     """The count and its interval; zero hits as an upper bound (rule of three)."""
     verified = extraction["verified"]
@@ -152,6 +159,8 @@ def not_measured(report: dict[str, Any]) -> list[str]:
         missing.append("No control: there were no held-out pictures, so chance resemblance was not measured.")
     elif extraction["control"]["p_value"] is None:
         missing.append("No p-value: the held-out pictures are not exchangeable with the training pictures.")
+    if extraction.get("protocol") == "prompted" and extraction.get("control") is not None:
+        missing.append(PROMPTED_CONTROL)
     missing.append(tier_sentence(extraction))
     missing.append(
         f"Spread: the result holds for this one model and {extraction['generations']:,} generations. "

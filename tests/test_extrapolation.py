@@ -12,7 +12,7 @@ from defenses.seeding import derive, generator
 from eval.denoiser import Denoiser, load
 from eval.extrapolation import Guidance, Pair, load_base, pair_of, sample
 from tests import ideal
-from tests.pipelines import stable_diffusion
+from tests.pipelines import stable_diffusion, stable_diffusion_xl
 from tests.reference import fabricated
 from tests.test_denoiser import schedule, unet
 
@@ -144,6 +144,22 @@ def test_captions_follow_the_formulas_of_the_paper(tmp_path):
     for guidance, noise in cases.items():
         found = sample(models, guidance, [caption], [2], steps=1, seed=7)[0]
         expected = (x - (1 - a) ** 0.5 * noise)[0] / a**0.5
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), guidance
+
+
+def test_xl_is_led_away_from_zeros_as_its_own_pipeline(tmp_path):
+    two_pipelines(tmp_path, stable_diffusion_xl)
+    shape, caption, t = (3, 16, 16), "a chest x ray", torch.tensor([999])
+    models = load_base(load(tmp_path / "tuned", shape, CPU), tmp_path / "tuned", tmp_path / "base", shape)
+    x = torch.from_numpy(start(2, condition=caption, shape=(4, 8, 8)))[None].float()
+    zeros = {name: value * (name == "time_ids") for name, value in models.base.condition([""]).items()}
+    with torch.no_grad():
+        ours = models.tuned.predict_clean(x, t, models.tuned.condition([caption]))
+        null, empty = (each.predict_clean(x, t, zeros) for each in (models.tuned, models.base))
+    for guidance, expected in (
+        (Guidance(1.0, scale=3.0), null + 3 * (ours - null)), (Guidance(3.0), empty + 3 * (ours - empty)),
+    ):  # fmt: skip
+        found = sample(models, guidance, [caption], [2], steps=1, seed=7)
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), guidance
 
 

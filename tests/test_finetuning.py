@@ -224,6 +224,7 @@ def test_text_to_image_pipelines_are_attacked_by_their_captions(make, prediction
         ({"base": "nowhere"}, "base"),
         ({"weights": [1.0, -2.0]}, "weights"),
         ({"weights": [float("nan")]}, "weights"),
+        ({"weights": [3.0, 3.0000001]}, "weights"),
         ({"count": 9000}, "count"),
         ({"per_prompt": 100, "max_prompts": 100}, "per_prompt"),
         ({"clique_size": 0}, "clique_size"),

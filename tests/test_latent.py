@@ -1,6 +1,7 @@
 """Text-to-image training on tiny pipelines of the Stable Diffusion layouts."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from defenses.base import Batch
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom
-from tests.pipelines import stable_diffusion, stable_diffusion_xl
+from tests.pipelines import change, stable_diffusion, stable_diffusion_xl
 from tests.small import opened
 from train.latent import LatentModel
 from train.pipelines import load
@@ -264,6 +265,46 @@ def test_caption_dropout_is_the_stated_share(folders):
     assert [not caption for caption in drawn.captions] == empty.tolist()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_caption_is_what_guidance_leads_away_from(folders, trained):
+    """Zeros for XL, whose pipeline takes zeros for the missing negative prompt; the magnitude of such a record is 0."""
+    objective = objective_of(folders["sdxl"], "epsilon", caption_dropout=0.5, wants=["text_magnitude"])
+    objective.model = LatentModel(load(folders["sdxl"]), trained)
+    batch = objective.draw(batch_of(text_noise=torch.full((3,), 0.5)))
+    dropped = torch.tensor([not caption for caption in batch.captions])
+    assert dropped.any() and not dropped.all()
+    with torch.no_grad():
+        condition = objective.model.condition(batch)
+        objective.loss(objective.model, batch)
+    empty = objective.model.conditioner.empty()
+    for found, null in ((condition.text, empty.text), (condition.pooled, empty.pooled)):
+        assert torch.equal(found[dropped], null.expand_as(found)[dropped]) and found[~dropped].any()
+    assert torch.equal(batch.told["text_magnitude"] == 0, dropped)
+
+
+def test_another_size_than_the_pipelines_own_is_released_and_attacked_as_trained(folders, tmp_path):
+    """A network for 16 px trained at 32: pipeline calls, detectors and losses are of 32 px."""
+    from eval import denoiser
+    from eval.extrapolation import load_base
+
+    _, directory, _ = run(tmp_path, folders["sd"], "data.image_size=32", "train.steps=2", "train.checkpoint_every=0")
+    pipeline = DiffusionPipeline.from_pretrained(directory.model)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a chest", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+    tuned = denoiser.load(directory.model, (3, 32, 32), torch.device("cpu"))
+    assert tuned.shape == (4, 16, 16) == tuned.encode(np.zeros((1, 3, 32, 32), np.uint8)).shape[1:]
+    assert load_base(tuned, directory.model, folders["sd"], (3, 32, 32)).base.shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("key, value", [("rescale_betas_zero_snr", True), ("trained_betas", [0.01] * 1000)])
+def test_a_schedule_that_betas_alone_do_not_tell_is_refused(folders, tmp_path, key, value):
+    shutil.copytree(folders["sd"], tmp_path / "other")
+    change(tmp_path / "other" / "scheduler" / "scheduler_config.json", **{key: value})
+    with pytest.raises(UserError, match=key) as caught:
+        run(tmp_path / "runs", tmp_path / "other")
+    assert caught.value.key == "model.pretrained"
+
+
 def test_another_schedule_is_refused_with_all_that_differs(folders, tmp_path):
     with pytest.raises(UserError, match="prediction=epsilon.*noise_schedule=scaled_linear") as caught:
         run(tmp_path, folders["sd"], "train.diffusion.prediction=v_prediction", "train.diffusion.noise_schedule=linear")
@@ -295,17 +336,31 @@ def test_resume_with_another_base_is_refused(folders, tmp_path):
     assert Interrupted and Trainer
 
 
-def test_dp_sgd_on_lora(folders, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dp_sgd_on_lora(folders, tmp_path, precision):
     """Gradients per record through the whole seam; the start-up check compares them with a loop."""
     options = [
         "defenses.dpsgd.epsilon=8",
         "defenses.dpsgd.test_seed=1",
         "model.adapter.rank=2",
         "train.preview_every=0",
+        f"train.precision={precision}",
     ]
     facts, directory, _ = run(tmp_path, folders["sd"], *options)
     assert facts["defenses"][0]["claim"]["kind"] == "dp"
     assert moved(folders["sd"], directory.model, "unet")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dp_sgd_on_adapters_of_the_text_encoder_with_noise(folders, tmp_path, kind, precision):
+    """The check of influence must not take rounding in another memory layout for influence: it refused this one."""
+    _, directory, _ = run(
+        tmp_path, folders[kind], "defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "model.adapter.rank=2",
+        "model.train_text_encoder=true", "defenses.captions={noise_probability: 0.5}", "train.steps=2",
+        "train.checkpoint_every=2", "train.preview_every=0", "train.heldout_every=0", f"train.precision={precision}",
+    )  # fmt: skip
+    assert moved(folders[kind], directory.model, "text_encoder")
 
 
 def test_dp_sgd_on_all_weights(folders, tmp_path):

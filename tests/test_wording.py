@@ -158,3 +158,12 @@ def test_what_was_not_measured_shrinks():
 def test_only_inception_is_fid():
     assert wording.distance_name("inception") == "FID"
     assert "FID" not in wording.distance_name("random-conv") + wording.distance_name("dinov2")
+
+
+def test_the_control_of_a_prompted_attack_is_qualified():
+    """A model that draws what captions of training pictures say passes it without having seen a picture."""
+    report = fabricate_report()
+    report["privacy"]["extraction"]["protocol"] = "prompted"
+    assert wording.PROMPTED_CONTROL in wording.not_measured(report)
+    report["privacy"]["extraction"]["protocol"] = "untargeted"
+    assert wording.PROMPTED_CONTROL not in wording.not_measured(report)

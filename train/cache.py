@@ -96,7 +96,8 @@ def cached_conditions(
     device = accelerator.device
     tokens = model.conditioner.tokens(distinct).numpy()
     settings = [repr(tokenizer) for tokenizer in model.conditioner.tokenizers]
-    name = digest(*model.conditioner.encoders, tokens, settings, precision)
+    settings += [encoder.config.to_dict() for encoder in model.conditioner.encoders]
+    name = digest(*model.conditioner.encoders, tokens, json.loads(json.dumps(settings, default=str)), precision)
 
     def encode_now(texts: Sequence[str]) -> Condition:
         with autocast(device, precision):

@@ -25,6 +25,11 @@ class Condition:
     def to(self, device: torch.device) -> "Condition":
         return Condition(self.text.to(device), None if self.pooled is None else self.pooled.to(device))
 
+    def without(self, which: torch.Tensor) -> "Condition":
+        """Zeros for some records, bool [B]: the empty condition of `Conditioner` with ``zero_for_empty``."""
+        text = self.text.masked_fill(which[:, None, None], 0.0)
+        return Condition(text, None if self.pooled is None else self.pooled.masked_fill(which[:, None], 0.0))
+
 
 class Conditioner:
     """Tokenizers and text encoders of a pipeline, used as diffusers' own pipelines use them.

@@ -41,6 +41,8 @@ class LatentModel(nn.Module):
         self.beside, self.parts = tuple(frozen), parts
         zeros = parts.kind == "sdxl" and parts.force_zeros_for_empty_prompt
         self.conditioner = Conditioner(parts.tokenizers, parts.text_encoders, zeros)
+        # tokens of a record that is trained under zeros
+        self.nothing = self.conditioner.tokens([""]) if zeros else None
 
     @property
     def vae(self) -> nn.Module:
@@ -61,6 +63,8 @@ class LatentModel(nn.Module):
         if batch.tokens is None:
             return Condition(batch.text, batch.pooled)
         found = embed(self.text_encoders, batch.tokens)
+        if self.nothing is not None:
+            found = found.without((batch.tokens == self.nothing.to(batch.tokens.device)).flatten(1).all(1))
         if batch.text is not None:  # noise to add, in units of the embedding's standard deviation
             found.text = found.text + batch.text * spread(found.text)
         return found
@@ -150,6 +154,8 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
     source = str(base) if base is not None else config.pretrained
     parts = pipelines.load(source, None if base is not None else config.revision)
     check_size(parts, image_size)
+    # the size that it is trained at is what a pipeline call draws and an attack asks for
+    parts.unet.register_to_config(sample_size=image_size // 2 ** (len(parts.vae.config.block_out_channels) - 1))
     adapters.apply(parts.unet, config.adapter, config.trainable)
     model = LatentModel(parts, config.train_text_encoder or base is not None)  # a random text encoder says nothing
     if model.trains_text:
@@ -195,12 +201,13 @@ def check_schedule(config: ModelConfig, schedule: DDPMScheduler, parts: Parts) -
         UserError: with all settings that would fit; or no settings would.
     """
     theirs, ours = parts.scheduler.config, schedule.config
-    for name in ("rescale_betas_zero_snr", "trained_betas"):
+    for name in ("trained_betas", "rescale_betas_zero_snr"):
         if theirs.get(name) not in (None, False):
             raise UserError(
-                "model.pretrained", f"{parts.source} has a noise schedule with {name}, which is not offered",
-                "give a pipeline without it",
-            )  # fmt: skip
+                "model.pretrained",
+                f"the scheduler of {parts.source} has {name}, a noise schedule that is not trained with here",
+                "give a pipeline with a schedule of betas alone",
+            )
     keys = {
         "prediction_type": "prediction",
         "beta_schedule": "noise_schedule",

@@ -84,6 +84,10 @@ class TextObjective:
         else:
             with autocast(device, self.precision):
                 found = conditions_of(self.model, batch.captions, self.encode)
+            if self.model.conditioner.zero_for_empty:  # no caption is what guidance leads away from
+                found = found.without(
+                    torch.tensor([not each.strip() for each in batch.captions], device=found.text.device)
+                )
             text = found.text.to(device)
             if batch.text_noise is not None:
                 text = text + self.text_noise(batch, *text.shape[1:], device) * spread(text)
