@@ -91,7 +91,6 @@ def measure(job: Job, accelerator: Accelerator) -> Cost:
         dataset = prepare(config.data, directory.prepared, accelerator)
         defenses = registry.build(config.defenses)
         select_records(config, dataset, defenses, accelerator)
-        textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=False)
         trainer = build_trainer(
             config,
             dataset,

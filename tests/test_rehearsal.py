@@ -1,12 +1,14 @@
 """What a text-to-image run refuses or tells before its long stages, and what these stages do once."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from defenses.base import Defense
 from defenses.errors import UserError
@@ -16,6 +18,7 @@ from tests.small import opened, small_config
 from tests.test_latent import SD
 from train import cache, scratch, textstage
 from train.cli import is_disk_full
+from train.runlog import RunDirectory
 from train.stage import build_trainer, train_model
 from train.state import released_model
 
@@ -106,14 +109,16 @@ def test_classes_are_refused_with_the_configuration(tmp_path):
         ("train.batch_size=1", "train.batch_size"),
         ("model.trainable=['nothing*']", "model.trainable"),
         ("train.optimizer.eight_bit=true", "train.optimizer.eight_bit"),
+        ("defenses.early_stop={} train.checkpoint_every=7", "train.checkpoint_every"),
     ],
 )
 def test_mistakes_are_met_before_an_autoencoder_is_trained(tmp_path, monkeypatch, override, key):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     monkeypatch.setattr(scratch, "make", lambda *arguments, **options: pytest.fail("the autoencoder was trained"))
     arguments = opened(
-        tmp_path, "model.family=latent", "model.size=nano", "data.caption_key=caption", "train.accumulation=2", override
-    )
+        tmp_path, "model.family=latent", "model.size=nano", "data.caption_key=caption", "train.accumulation=2",
+        *override.split(),
+    )  # fmt: skip
     with pytest.raises(UserError) as caught:
         train_model(*arguments)
     assert caught.value.key == key
@@ -129,3 +134,40 @@ def test_the_released_copy_shares_nothing_with_the_model(base, tmp_path):
     assert copied.conditioner.encoders[0] is copied.beside[1]
     theirs = {each.data_ptr() for module in (state.model, *state.model.beside) for each in module.parameters()}
     assert not theirs & {each.data_ptr() for module in (copied, *copied.beside) for each in module.parameters()}
+
+
+def test_a_refused_command_can_be_corrected_under_the_same_name(base, tmp_path):
+    """The refusal comes late, after data and configuration were stored; once there is a checkpoint settings are fixed."""
+    with pytest.raises(UserError) as caught:
+        train_model(*opened(tmp_path, *SD, f"model.pretrained={base}", "train.diffusion.prediction=v_prediction"))
+    assert caught.value.key == "train.diffusion.prediction"
+    short = [*SD, f"model.pretrained={base}", "train.steps=1", "train.preview_every=0", "train.heldout_every=0"]
+    arguments = opened(tmp_path, *short)
+    stored = OmegaConf.load(arguments[2].path / "config.yaml")
+    assert (stored.train.diffusion.prediction, stored.train.steps) == ("epsilon", 1)
+    with pytest.raises(UserError, match="prepared from other files or settings"):
+        opened(tmp_path, *short, "data.split_seed=5")
+    arguments = opened(tmp_path, *short)
+    train_model(*arguments)
+    with pytest.raises(UserError, match="was made with 1, now 2") as caught:
+        opened(tmp_path, *short, "train.steps=2")
+    assert caught.value.key == "train.steps"
+    assert OmegaConf.load(arguments[2].path / "config.yaml").train.steps == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "cache", "checkpoints", "model", "ledger.jsonl", "shadows", ".base.autoencoder"]
+)
+def test_settings_are_fixed_by_anything_that_they_decided(tmp_path, name):
+    tree, config = small_config(tmp_path)
+    directory = RunDirectory(config.run)
+    directory.open(tree, "first")
+    (directory.path / ".config.yaml.k1ll3d").touch()  # a temporary file that a kill left
+    tree, config = small_config(tmp_path, "train.steps=8")
+    directory.open(tree, "second")
+    assert json.loads((directory.path / "environment.json").read_text())["command"] == "second"
+    (directory.path / name).mkdir()
+    tree, config = small_config(tmp_path, "train.steps=9")
+    with pytest.raises(UserError) as caught:
+        directory.open(tree, "third")
+    assert caught.value.key == "train.steps"

@@ -44,6 +44,9 @@ BEFORE_THE_REPORT = tuple(
     f"attack.{name}"
     for name in ("membership", "inpainting", "finetuning", "canaries", "copy_metrics", "prefilter", "risk")
 )
+# What there is before training has left anything: while it is all, any setting may change. What was prepared is checked by its own
+# digest (`train/data.py`), canaries by their table (`defenses/canaries.py`).
+PREPARATION = ("config.yaml", "environment.json", "progress.json", "manifest.csv", "prepared", "audit", ".lock")
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
     "torch",
@@ -118,7 +121,8 @@ class RunDirectory:
         self.manifest, self.metrics, self.report = path / "manifest.csv", path / "metrics.jsonl", path / "report.json"
 
     def open(self, config: DictConfig, command: str) -> None:
-        """Creates the directory (mode 0700: it holds training pictures), or checks that it has the same configuration.
+        """Creates the directory (mode 0700: it holds training pictures), or checks that it has the same configuration. Where nothing
+        but the preparation is there, because the first command was refused or stopped, the new configuration takes its place.
 
         Raises:
             UserError: it holds a run with another configuration, or cannot be written.
@@ -132,9 +136,10 @@ class RunDirectory:
             ) from error
         if self.main:
             lock(self.path, "run.name")
-        stored, changed = self.path / "config.yaml", {}
+        stored, changed, begun = self.path / "config.yaml", {}, self._has_begun()
         if stored.exists():
             changed = _changes(OmegaConf.load(stored), config)
+        if begun:
             free = () if self.model.exists() else WHILE_TRAINING
             late = () if self.report.exists() else BEFORE_THE_REPORT
             refused = {key: pair for key, pair in changed.items() if key not in free and not key.startswith(late)}
@@ -142,11 +147,17 @@ class RunDirectory:
         if self.main and (not stored.exists() or changed):
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
-        if self.main and not (self.path / "environment.json").exists():
+        if self.main and ((changed and not begun) or not (self.path / "environment.json").exists()):
             write_json(
                 self.path / "environment.json", {"versions": versions(), "hardware": hardware(), "command": command}
             )
             self.record(started=timestamp())
+
+    def _has_begun(self) -> bool:
+        """Whether anything is there that settings other than those of the data have decided."""
+        unfinished = tuple(f".{name}." for name in PREPARATION)  # temporary files of `atomic` that a kill left
+        names = [path.name for path in self.path.iterdir()]
+        return any(name not in PREPARATION and not name.startswith(unfinished) for name in names)
 
     def progress(self) -> dict[str, Any]:
         """What was recorded so far: start time, seconds per stage."""

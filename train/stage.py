@@ -49,8 +49,6 @@ def train_model(
     if on_main(accelerator, lambda: (directory.model / SIDECAR).exists()):
         return json.loads((directory.path / RECORD).read_text())
     names = class_names(dataset, config.data.label_key)
-    refuse_early(config, defenses, accelerator)
-    textstage.prepare_base(config, dataset, directory, defenses, accelerator)
     trainer = build_trainer(config, dataset, directory, accelerator, defenses, names)
     newest = on_main(accelerator, lambda: checkpoint.latest(directory.checkpoints))
     if newest is not None:
@@ -74,14 +72,18 @@ def build_trainer(
     names: list[str],
     rehearsal: bool = False,
 ) -> Trainer:
-    """Wires model, optimizer, plan, seams and previews together.
+    """Wires model, optimizer, plan, seams and previews together. What can be refused without a model is refused first: the one that
+    a text-to-image run from scratch begins with takes long to make.
 
     Args:
-        rehearsal: for a dry run: latents and texts are not encoded ahead.
+        rehearsal: for a dry run: that model is not trained, latents and texts are not encoded ahead.
     """
     settings = config.train
     rows = trained_rows(dataset)
     refuse_early(config, defenses, accelerator)
+    begin(config, dataset, directory, accelerator, defenses)
+    plan, rule = plan_and_rule(config, rows, defenses)
+    textstage.prepare_base(config, dataset, directory, defenses, accelerator, trained=not rehearsal)
     model = build_model(config, names, directory.path)
     model = model.to(accelerator.device, memory_format=memory_format(accelerator.device)).train()
     speed_up(model, settings)
@@ -91,8 +93,6 @@ def build_trainer(
     schedule = noise_schedule(settings.diffusion)
     family = families.of(config.model)
     family.check(config.model, schedule, defenses, model)
-    begin(config, dataset, directory, accelerator, defenses)
-    plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
     text = textstage.texts_of(config, dataset, directory, defenses, model, accelerator, rehearsal)
     wants = {name for defense in defenses for name in defense.wants}
@@ -113,7 +113,7 @@ def build_trainer(
         images = draw_samples(range(settings.preview_count))
         if accelerator.is_main_process:
             save_grid(directory.samples / f"step-{step}.png", images)
-            textstage.write_preview_prompts(directory, config, prompts)
+            textstage.write_preview_prompts(directory, config, prompts, model)
 
     def view(step: int) -> CheckpointView:
         pool, control = pool_of(dataset, config.run.seed), dataset.rows("calibration")
@@ -136,7 +136,7 @@ def build_trainer(
         preview=preview,
         view=view,
         quiet=quiet,
-        frozen=frozen_digest([model, *getattr(model, "beside", ())]),
+        frozen=on_main(accelerator, lambda: frozen_digest([model, *getattr(model, "beside", ())])),
     )
     if any(defense.private for defense in defenses):
         together(accelerator, lambda: refuse_mixing(trainer))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save as safetensors
 from torch import nn
 
 from defenses import registry
@@ -25,14 +26,17 @@ from train.cache import cached_conditions, cached_moments, momentary_conditions,
 from train.conditioner import Condition
 from train.data import Dataset
 from train.diffusion import noise_schedule
-from train.files import write_json
+from train.files import atomic, write_json
 from train.records import trained_rows
 from train.runlog import RunDirectory
-from train.textsampling import latent_shape
+from train.textsampling import latent_shape, start_noise
 
 BASE = "base"  # folder of a run from scratch: the pipeline as training finds it, tokenizer and autoencoder ready
 CACHE = "cache"
 PREVIEWS = "prompts.json"  # in samples/: what the previews were drawn with
+START_NOISE = (
+    "start_noise.safetensors"  # beside it: the start noise of each preview, for whoever has the model but not Deffuse
+)
 
 
 @dataclass
@@ -234,9 +238,13 @@ def preview_prompts(
     return lambda indices: [known[derive(config.run.seed, "preview prompt", int(i)) % len(known)] for i in indices]
 
 
-def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prompts: Callable | None) -> None:
-    """What the previews are drawn with, so that whoever has the model can draw them again."""
+def write_preview_prompts(
+    directory: RunDirectory, config: SimpleNamespace, prompts: Callable | None, model: nn.Module
+) -> None:
+    """What the previews are drawn with, so that whoever has the model can draw them again: settings and prompts, and the start noise
+    ``noise``, float32 [previews, c, h, w]."""
     if prompts is not None:
+        texts = prompts(range(config.train.preview_count))
         settings = {
             "sampler": "ddim",
             "timestep_spacing": "trailing",
@@ -244,7 +252,11 @@ def write_preview_prompts(directory: RunDirectory, config: SimpleNamespace, prom
         }
         settings |= {"guidance_scale": config.generate.guidance_scale, "precision": config.train.precision}
         settings["seed"] = config.run.seed
-        write_json(directory.samples / PREVIEWS, settings | {"prompts": prompts(range(config.train.preview_count))})
+        shape = latent_shape(model, config.data.image_size)
+        noise = [start_noise(config.run.seed, text, index, shape) for index, text in enumerate(texts)]
+        with atomic(directory.samples / START_NOISE, "wb") as file:
+            file.write(safetensors({"noise": torch.stack(noise)}))
+        write_json(directory.samples / PREVIEWS, settings | {"prompts": texts})
 
 
 def notes(config: SimpleNamespace, model: nn.Module) -> list[str]:
