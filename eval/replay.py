@@ -22,11 +22,11 @@ from train.checkpoint import all_steps
 from train.combinations import is_quiet, sampling_frequency
 from train.data import Dataset
 from train.diffusion import noise_schedule
-from train.files import write_json
+from train.files import whole_folder, write_json
 from train.models import memory_format
 from train.monitor import sample_on_all_ranks
 from train.records import pool_of
-from train.release import RECORD, checkpoint_model, checkpoint_pipeline, describe, facts_at, write_sidecar
+from train.release import RECORD, SIDECAR, checkpoint_model, checkpoint_pipeline, describe, facts_at, write_sidecar
 from train.runlog import RunDirectory
 from train.stage import begin
 from train.textstage import preview_prompts
@@ -146,17 +146,21 @@ def write_model(
     """The pipeline that is released now, with the facts that training would have recorded."""
     facts = json.loads((directory.path / RECORD).read_text())
     ended, chosen = outcome.stop or facts["steps"], outcome.release or facts["released_step"]
-    if (ended, chosen) == (facts["steps"], facts["released_step"]):
-        shutil.copytree(directory.model, output.model, dirs_exist_ok=True)
-        written = dict(facts)
-    else:
-        written = checkpoint_pipeline(config, directory, chosen, output.model)
+    same, written = (ended, chosen) == (facts["steps"], facts["released_step"]), dict(facts)
+    if not same:
         whole = {key: facts_at(directory, ended)[key] for key in ("steps", "images_seen", "train_seconds")}
-        written |= {**whole, "stopped_by": outcome.stopped_by}
+        written = facts_at(directory, chosen) | {**whole, "stopped_by": outcome.stopped_by}
     names = {each.name for each in new}
     entries = [entry for entry in facts["defenses"] if entry["name"] not in names]
     written |= {"defenses": entries + [describe(each, config) for each in new]}
     written |= {"defense_states": facts["defense_states"] | {each.name: each.state_dict() for each in new}}
     write_json(output.path / RECORD, written)
-    write_sidecar(output.model, config, written)
+    if (output.model / SIDECAR).exists():  # of the same command, stopped later on; a filter's index lies in it
+        return written
+    if same:
+        with whole_folder(output.model) as folder:
+            shutil.copytree(directory.model, folder, dirs_exist_ok=True)
+            write_sidecar(folder, config, written)
+    else:
+        checkpoint_pipeline(config, directory, chosen, output.model, written)
     return written

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from defenses.errors import UserError
 from tests.pipelines import STEM, change, contents, plant, stable_diffusion, stable_diffusion_xl
+from train import models
 from train.pipelinefit import check_fit
 from train.pipelines import load
 
@@ -218,6 +219,18 @@ def test_several_variants(folder):
     load(folder)
     shutil.copy(folder / "unet" / f"{STEM}.ema.safetensors", folder / "unet" / f"{STEM}.old.safetensors")
     refused(folder, "unet has weights of the variants ema, old .keep one of them")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": 3}'])
+def test_a_broken_tokenizer_is_named(folder, text):
+    (folder / "tokenizer" / "tokenizer.json").write_text(text)
+    refused(folder, "its tokenizer cannot be read: ")
+
+
+def test_a_text_to_image_pipeline_for_a_model_of_pixels_is_told_its_family(folder):
+    with pytest.raises(UserError, match="is a text-to-image pipeline .set model.family=latent.") as caught:
+        models.build(models.ModelConfig(pretrained=str(folder)), 16, 3, 0)
+    assert caught.value.key == "model.pretrained"
 
 
 def test_a_tokenizer_that_does_not_fit(folder, originals):

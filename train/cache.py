@@ -1,13 +1,16 @@
 """Latents and text embeddings on disk, computed once by all ranks.
 
 A file's name holds a digest of everything that changes its content, and it appears whole or not at all; what is there already is
-used. The folder holds what training pictures and captions can be read from: mode 0700, as the rest of the run directory.
+used. Of each kind one file is kept. The folder holds what training pictures and captions can be read from: mode 0700, as the rest of the run directory.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,8 +22,10 @@ from torch import nn
 from defenses.ranks import on_main, together
 from train.conditioner import Condition
 from train.diffusion import autocast
-from train.files import sync_directory
+from train.files import atomic, sync_directory
 from train.latent import LatentModel
+
+NOTE_EVERY_SEC = 10.0  # what is computed meanwhile is lost when the process is killed
 
 
 def digest(*values) -> str:
@@ -193,30 +198,67 @@ def reserve(path: Path) -> None:
 def _filled(
     path: Path, shape: tuple[int, ...], compute: Callable[[np.ndarray], torch.Tensor], batch_size: int, accelerator
 ) -> np.ndarray:
-    """The array in ``path``, computed in blocks by all ranks if it is not there; blocks are the same for any number of ranks."""
+    """The array in ``path``, computed in blocks by all ranks if it is not there; blocks are the same for any number of ranks. What a
+    killed call had finished is not computed again. Then other versions of this array, which had other digests, are removed."""
     if not on_main(accelerator, path.exists):
         partial = path.with_name(f".{path.name}.tmp")
-
-        def make() -> None:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
-            reserve(partial)
-
-        on_main(accelerator, make)
-
-        def fill() -> None:
-            table = np.lib.format.open_memmap(partial, "r+")
-            starts = range(0, shape[0], batch_size)[accelerator.process_index :: accelerator.num_processes]
-            for start in starts:
-                places = np.arange(start, min(start + batch_size, shape[0]))
-                table[places] = compute(places).numpy()
-            table.flush()
-
-        together(accelerator, fill)
+        finished = on_main(accelerator, lambda: _begun(partial, shape))
+        starts = range(0, shape[0], batch_size)
+        blocks = [(start, min(start + batch_size, shape[0])) for start in starts]
+        missing = [block for block in blocks if block not in finished]
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        together(accelerator, lambda: _fill(partial, mine, compute, accelerator.process_index))
 
         def finish() -> None:
             partial.rename(path)
             sync_directory(path.parent)
 
         on_main(accelerator, finish)
+    on_main(accelerator, lambda: _remove_others(path))
     return np.load(path, mmap_mode="c")
+
+
+def _fill(partial: Path, blocks: list[tuple[int, int]], compute: Callable, rank: int) -> None:
+    """Computes blocks, and every few seconds notes those that are on disk."""
+    table, new, noted = np.lib.format.open_memmap(partial, "r+"), [], time.monotonic()
+    with partial.with_name(f"{partial.name}.{rank}").open("w") as notes:
+        for start, stop in blocks:
+            table[start:stop] = compute(np.arange(start, stop)).numpy()
+            new.append(f"{start} {stop}\n")
+            if time.monotonic() - noted >= NOTE_EVERY_SEC:
+                table.flush()  # before its blocks are noted
+                notes.writelines(new)
+                notes.flush()
+                os.fsync(notes.fileno())
+                new, noted = [], time.monotonic()
+    table.flush()
+
+
+def _begun(partial: Path, shape: tuple[int, ...]) -> set[tuple[int, int]]:
+    """Blocks (start, stop) in the file of a killed call, whatever its number of ranks; without any a new file is made."""
+    partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    joined = partial.with_name(f"{partial.name}.notes")
+    files = [joined, *partial.parent.glob(f"{glob.escape(partial.name)}.[0-9]*")]
+    lines = [line for file in files if file.exists() for line in file.read_text().splitlines(keepends=True)]
+    found = [re.fullmatch(r"(\d+) (\d+)\n", line) for line in lines]  # none: the line that a kill cut short
+    finished = {(int(match[1]), int(match[2])) for match in found if match}
+    if finished and partial.exists():
+        with atomic(joined) as file:  # before the ranks begin their notes anew
+            file.writelines(f"{start} {stop}\n" for start, stop in sorted(finished))
+    else:
+        finished = set()
+    for file in files if not finished else files[1:]:
+        file.unlink(missing_ok=True)
+    if not finished:  # after the notes are gone, which would count for the new file
+        np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
+        reserve(partial)
+    return finished
+
+
+def _remove_others(path: Path) -> None:
+    """Removes what is left of arrays of this kind with other digests, and the notes about this one."""
+    kind = path.name.partition("-")[0]
+    for file in path.parent.iterdir():
+        ours = re.fullmatch(rf"{kind}-[0-9a-f]{{12}}\.npy|\.{kind}-[0-9a-f]{{12}}\.npy\.tmp(\.notes|\.\d+)?", file.name)
+        if ours and file != path:
+            file.unlink()

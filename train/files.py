@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -26,8 +27,27 @@ def atomic(path: Path, mode: str = "w"):
     sync_directory(path.parent)
 
 
+@contextmanager
+def whole_folder(folder: Path):
+    """Gives a temporary folder beside ``folder`` that takes its place, with all that was written into it on disk, when the block ends
+    without an error. What was there before, or was left by a kill, is removed. One process calls it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync_directory(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    sync_directory(folder.parent)
+
+
 def sync_directory(path: Path) -> None:
-    """Makes renames inside ``path`` survive a power cut."""
+    """Makes renames inside ``path``, or the content of a file, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -142,14 +142,28 @@ def check_schedule(config: ModelConfig, schedule: DDPMScheduler) -> None:
 
 def _load_pretrained(config: ModelConfig, image_size: int, channels: int, classes: int) -> UNet2DModel:
     try:
-        model = UNet2DModel.from_pretrained(
-            config.pretrained, subfolder="unet", revision=config.revision, use_safetensors=True, low_cpu_mem_usage=False
+        stored = UNet2DModel.load_config(config.pretrained, subfolder="unet", revision=config.revision)
+        captioned = stored.get("_class_name") == "UNet2DConditionModel"
+        model = (
+            None
+            if captioned
+            else UNet2DModel.from_pretrained(
+                config.pretrained,
+                subfolder="unet",
+                revision=config.revision,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+            )
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
         raise UserError(
             "model.pretrained", f"{config.pretrained}: {reason}", "give a saved diffusers pipeline folder"
         ) from error
+    if model is None:
+        raise UserError(
+            "model.pretrained", f"{config.pretrained} is a text-to-image pipeline", "set model.family=latent"
+        )
     found = (model.config.in_channels, model.config.num_class_embeds or 0)
     if found != (channels, classes):
         raise UserError(

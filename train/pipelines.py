@@ -103,11 +103,7 @@ def _load_parts(folder: Path, layout: Layout, source: str) -> Parts:
         kind=layout.kind,
         vae=_load_network("vae", AutoencoderKL, folder, layout, source),
         unet=_load_network("unet", UNet2DConditionModel, folder, layout, source),
-        tokenizers=[
-            CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
-            for part in TOKENIZERS
-            if part in layout.classes
-        ],
+        tokenizers=[_load_tokenizer(part, folder, source) for part in TOKENIZERS if part in layout.classes],
         text_encoders=[_load_network(part, TEXT_ENCODERS[part], folder, layout, source) for part in encoders],
         scheduler=getattr(diffusers, layout.classes["scheduler"]).from_pretrained(
             folder / "scheduler", local_files_only=True
@@ -115,6 +111,13 @@ def _load_parts(folder: Path, layout: Layout, source: str) -> Parts:
         source=source,
         force_zeros_for_empty_prompt=layout.force_zeros_for_empty_prompt,
     )
+
+
+def _load_tokenizer(part: str, folder: Path, source: str) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise refuse(source, f"its {part} cannot be read: {one_line(error)}", "copy its files again") from error
 
 
 def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: str) -> nn.Module:

@@ -20,7 +20,7 @@ from train.combinations import sampling_frequency
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.families import build
-from train.files import write_json
+from train.files import whole_folder, write_json
 from train.loop import Trainer
 from train.models import parameter_count
 from train.runlog import RunDirectory
@@ -80,9 +80,10 @@ def release(
             model.load_state_dict(
                 load_file(directory.checkpoints / f"step-{state.release_step}" / "ema.safetensors"), strict=False
             )
-        family.save(directory.model, model, noise_schedule(config.train.diffusion))
-        write_json(directory.path / RECORD, facts)
-        write_sidecar(directory.model, config, facts)  # last: its presence says that training is complete
+        write_json(directory.path / RECORD, facts)  # first: the model's presence says that training is complete
+        with whole_folder(directory.model) as folder:
+            family.save(folder, model, noise_schedule(config.train.diffusion))
+            write_sidecar(folder, config, facts)
     accelerator.wait_for_everyone()
     return facts
 
@@ -111,16 +112,23 @@ def checkpoint_model(config: SimpleNamespace, directory: RunDirectory, step: int
     return model.eval()
 
 
-def checkpoint_pipeline(config: SimpleNamespace, directory: RunDirectory, step: int, folder: Path) -> dict[str, Any]:
-    """Writes the averaged weights of one checkpoint as the pipeline that would have been released then; one process calls it.
+def checkpoint_pipeline(
+    config: SimpleNamespace, directory: RunDirectory, step: int, folder: Path, facts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Writes the averaged weights of one checkpoint as the pipeline that would have been released then; it appears whole or not at
+    all. One process calls it.
+
+    Args:
+        facts: the new pipeline's sidecar; None: `facts_at` that step.
 
     Returns:
-        `facts_at` that step, which are also the new pipeline's sidecar.
+        The sidecar.
     """
-    facts = facts_at(directory, step)
+    facts = facts or facts_at(directory, step)
     model = checkpoint_model(config, directory, step, facts["classes"])
-    families.of(config.model).save(folder, model, noise_schedule(config.train.diffusion))
-    write_sidecar(folder, config, facts)
+    with whole_folder(folder) as temporary:
+        families.of(config.model).save(temporary, model, noise_schedule(config.train.diffusion))
+        write_sidecar(temporary, config, facts)
     return facts
 
 

@@ -6,7 +6,6 @@ tell: for a private run start from a pipeline made of public data.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from defenses.errors import UserError
 from defenses.ranks import on_main
 from defenses.seeding import derive
 from train.autoencoder import AutoencoderTraining, ScratchConfig, initialise, reconstruction_l2, standardise
-from train.files import sync_directory, write_json
+from train.files import whole_folder, write_json
 from train.vocabulary import learn
 
 FACTS = "scratch.json"  # in the pipeline folder: how its parts were made
@@ -132,7 +131,9 @@ def make(
             vae=vae.cpu(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sampler_of(schedule),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-        _write(folder, pipeline, facts)
+        with whole_folder(folder) as temporary:
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+            write_json(temporary / FACTS, facts)
         shutil.rmtree(interim, ignore_errors=True)
         return facts
 
@@ -199,17 +200,3 @@ def sampler_of(schedule: DDPMScheduler) -> DDIMScheduler:
     """DDIM as in Stable Diffusion 1: latents are not clipped. Trailing timesteps (Lin et al. 2024), as our own sampler takes them."""
     settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}
     return DDIMScheduler.from_config(schedule.config, **settings)
-
-
-def _write(folder: Path, pipeline: StableDiffusionPipeline, facts: dict[str, Any]) -> None:
-    """Under another name first; the folder must not exist."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    write_json(temporary / FACTS, facts)
-    for file in temporary.rglob("*"):
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    temporary.rename(folder)
-    sync_directory(folder.parent)
