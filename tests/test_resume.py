@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from defenses.errors import UserError
 from tests.small import opened
-from train import checkpoint, runlog
+from train import checkpoint, files, release, runlog
 from train.loop import Interrupted, Trainer
 from train.stage import train_model
 
@@ -182,3 +182,45 @@ def test_a_second_process_is_kept_out(tmp_path):
     os.close(runlog._LOCKED.pop((tmp_path / "quickstart").resolve()))  # as the end of this process would
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("part", ["unet", "sidecar"])
+def test_a_kill_while_the_model_is_written_leaves_none(tmp_path, monkeypatch, part):
+    """Neither a folder that looks complete, nor anything of the killed attempt in the one that is written later."""
+
+    def killed(folder, *arguments):
+        folder.mkdir(exist_ok=True)
+        (folder / "junk").touch()
+        raise Killed
+
+    def write():
+        if part == "unet":
+            patch.setattr("train.models.adapters.save", killed)
+        else:
+            patch.setattr(release, "write_sidecar", killed)
+        with pytest.raises(Killed):
+            finish(tmp_path, "train.steps=1", "train.heldout_every=0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *arguments, **options: None)  # SIGKILL: nobody tidies up
+        write()
+    directory = tmp_path / "quickstart"
+    assert (directory / ".model.tmp").exists() and not (directory / "model").exists()
+    (directory / "model").mkdir()  # of an earlier version, which wrote in place
+    (directory / "model" / "junk").touch()
+    finish(tmp_path, "train.steps=1", "train.heldout_every=0")
+    assert (directory / "model" / "deffuse.json").exists() and not (directory / ".model.tmp").exists()
+    assert not list((directory / "model").rglob("junk"))
+
+
+def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    synced, renamed = [], []
+    monkeypatch.setattr(files, "sync_directory", lambda path: synced.append(path.name))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda old, new: (renamed.append(list(synced)), rename(old, new))[1])
+    with files.whole_folder(tmp_path / "x" / "model") as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("w")
+        assert not (tmp_path / "x" / "model").exists()
+    assert sorted(renamed[0]) == [".model.tmp", "unet", "weights"] and synced[-1] == "x"
+    assert (tmp_path / "x" / "model" / "unet" / "weights").read_text() == "w"
