@@ -52,3 +52,22 @@ def test_a_users_mistake_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(raising(UserError("data.source", "is gone", "mend it")), ARGUMENTS)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: data.source: is gone (mend it)\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "3,2"}, 3),
+        ({}, None),
+        ({"OMP_NUM_THREADS": "0"}, None),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}, None),  # torchrun sets both
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, None),  # so does `accelerate launch`
+    ],
+)
+def test_threads_of_the_environment_count_where_no_launcher_set_them(monkeypatch, environment, threads):
+    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli._chosen_threads() == threads

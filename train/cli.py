@@ -117,7 +117,9 @@ def die_with_parent() -> None:
 def start(config: SimpleNamespace, project: Path | None = None, trackers: list[str] | None = None):
     """The Accelerator, with quiet libraries and, on CPUs, all cores shared among this machine's processes.
 
-    `accelerate launch` gives every process a single thread where there is no GPU, which would halve the speed on two cores.
+    `accelerate launch` and torchrun give every process a single thread where there is no GPU, which would halve the speed on two cores.
+    They do so by OMP_NUM_THREADS, and theirs cannot be told from the user's: it is respected where neither started this process.
+    `run.cpu_threads` always is.
     """
     import torch
     from accelerate import Accelerator
@@ -127,6 +129,7 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
 
     from defenses.errors import UserError
 
+    threads = config.run.cpu_threads or _chosen_threads()  # before accelerate adds to the environment
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     folder = ProjectConfiguration(project_dir=str(project), logging_dir=str(project / "trackers")) if project else None
@@ -149,5 +152,12 @@ def start(config: SimpleNamespace, project: Path | None = None, trackers: list[s
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(config.run.cpu_threads or max(1, cores // local))
+        torch.set_num_threads(threads or max(1, cores // local))
     return accelerator
+
+
+def _chosen_threads() -> int | None:
+    """OMP_NUM_THREADS as the user set it; None where it is not set or may be a launcher's."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # further ones are of nested regions
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return int(chosen) if chosen.isdigit() and int(chosen) and not launched else None

@@ -24,7 +24,9 @@ class RunConfig:
     name: str = "quickstart"  # folder inside output_dir
     output_dir: str = "runs"
     seed: int = 0  # of initial weights, batches, noise and generated images; the split has data.split_seed
-    cpu_threads: int | None = None  # per process, without a GPU; null: the cores shared among the processes
+    cpu_threads: int | None = (
+        None  # per process, without a GPU; null: OMP_NUM_THREADS, or the cores shared among the processes (`train.cli.start`)
+    )
 
     def __post_init__(self):
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
