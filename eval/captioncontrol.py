@@ -29,7 +29,7 @@ from defenses.neighbours import search, search_sharded
 from eval.control import drawn_sides
 from eval.generations import Generations
 from eval.pictures import Pictures
-from eval.prompted import Candidate, candidates_of, examine, nearest_rule
+from eval.prompted import candidates_of, examine, nearest_rule
 from train.data import Dataset
 
 TEST = "Fisher's exact test of whole units, one-sided"
@@ -117,7 +117,7 @@ def settings_of(config: SimpleNamespace) -> SimpleNamespace:
 
 def compare(
     control: CaptionControl,
-    candidates: list[Candidate],
+    candidates: dict[str, np.ndarray],
     training: Pictures,
     heldout: Pictures,
     dataset: Dataset,
@@ -127,7 +127,7 @@ def compare(
     """Attacks the images of the held-out captions and counts beside the training captions, on all ranks alike.
 
     Args:
-        candidates: of the attack itself.
+        candidates: of the attack itself, by the names of the folders of their prompts, which are numbers.
 
     Returns:
         report.json, ``privacy.extraction.control.captions``, but for ``training.verified``. ``tested``: units with a caption of their
@@ -137,10 +137,10 @@ def compare(
     rule, device = nearest_rule(config.attack.extraction), accelerator.device if accelerator else "cpu"
     known, sides = owners(dataset), {}
     for split, texts, flagged in (("train", control.attacked, candidates), ("heldout", control.prompts, found)):
-        image = {int(candidate.prompt): candidate.image for candidate in flagged}
+        image = {int(name): candidate for name, candidate in flagged.items()}
         sides[split] = outcomes(split, texts, image, known, dataset, rule, device)
     _, ids = drawn_sides(training, heldout, config.run.seed)[1]
-    images = np.stack([each.image for each in found]) if found else np.zeros((0, *heldout.images.shape[1:]), np.uint8)
+    images = np.stack(list(found.values())) if found else np.zeros((0, *heldout.images.shape[1:]), np.uint8)
     rows = heldout.subset(ids)
     near = search_sharded(images, rows, heldout.picture[rows.rows], 1, accelerator=accelerator).distinct
     p_value, reason = None, None
@@ -167,7 +167,7 @@ def compare(
 
 def heldout_candidates(
     control: CaptionControl, heldout: Pictures, config: SimpleNamespace, accelerator: Any = None
-) -> list[Candidate]:
+) -> dict[str, np.ndarray]:
     """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already."""
     images = control.images
     if images.streamed is not None:

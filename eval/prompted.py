@@ -18,12 +18,13 @@ from defenses.neighbours import VIEWS, SearchResult, search, search_sharded
 from defenses.ranks import together
 from eval.cliques import largest_clique
 from eval.control import Rule, control
-from eval.extraction import Candidate, Extraction, ExtractionConfig, PictureFindings, at_l2, counts, match_rows, tier_of
+from eval.extraction import Extraction, ExtractionConfig, PictureFindings, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
 
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
 
 Images = np.ndarray | Callable[[], np.ndarray]  # uint8 [N, C, H, W], or what reads them
+Prompt = tuple[str, Sequence[str], Images]  # name, names of the generations, and these
 
 
 @dataclass
@@ -87,7 +88,7 @@ class NearestGenerations:
 
 
 def prompted(
-    prompts: Iterable[tuple[str, Sequence[str], Images]],
+    prompts: Iterable[Prompt],
     training: Pictures,
     heldout: Pictures | None,
     config: ExtractionConfig,
@@ -111,10 +112,7 @@ def prompted(
 
 
 def examine(
-    prompts: list[tuple[str, Sequence[str], Images]],
-    training: Pictures,
-    config: ExtractionConfig,
-    accelerator: Any = None,
+    prompts: list[Prompt], training: Pictures, config: ExtractionConfig, accelerator: Any = None
 ) -> tuple[list[PromptFinding], NearestGenerations]:
     """Cliques and nearest pictures of all prompts, on all ranks, each of which gets the same; see `prompted`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -139,15 +137,14 @@ def examine(
     return results, best
 
 
-def candidates_of(results: list[PromptFinding]) -> list[Candidate]:
-    """One candidate of each flagged prompt, the tightest clique first."""
-    return [Candidate(result.row["prompt"], result.image) for result in tightest(results)]
+def candidates_of(results: list[PromptFinding]) -> dict[str, np.ndarray]:
+    """The candidates by the names of their prompts, the tightest clique first, uint8 [C, H, W]."""
+    return {result.row["prompt"]: result.image for result in tightest(results)}
 
 
 def tightest(results: list[PromptFinding]) -> list[PromptFinding]:
     """The flagged prompts, the tightest clique first."""
-    flagged = (result for result in results if result.row["flagged"])
-    return sorted(flagged, key=lambda result: (result.row["mean_distance"], result.index))
+    return sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
 
 
 def nearest_rule(config: ExtractionConfig) -> Rule:
@@ -203,8 +200,7 @@ def conclude(
     }  # fmt: skip
     rest = [result for result in results if not result.row["flagged"]]
     pictures = PictureFindings(best, nearest, None, np.isin(training.ids, verified))
-    rows = [result.row for result in flagged + rest]
-    return Extraction(report, matches, pictures, rows, candidates_of(results))
+    return Extraction(report, matches, pictures, [result.row for result in flagged + rest], candidates_of(results))
 
 
 def tiled_l2(images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
