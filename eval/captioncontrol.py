@@ -23,16 +23,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import hypergeom
 
-from defenses.neighbours import search, search_sharded
-from eval.control import drawn_sides
+from defenses.exact import l2_of
+from defenses.neighbours import search_sharded, views
+from eval.control import Rule, drawn_sides
 from eval.generations import Generations
 from eval.pictures import Pictures
 from eval.prompted import candidates_of, examine, nearest_rule
 from train.data import Dataset
 
 TEST = "Fisher's exact test of whole units, one-sided"
+_PIXELS = 2**22  # of the candidates that are compared at once
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def outcomes(
     image: dict[int, np.ndarray],
     known: dict[str, Owner],
     dataset: Dataset,
-    rule: Any,
+    rule: Rule,
     device: Any,
 ) -> np.ndarray:
     """S of every unit of one side that a prompt describes alone, bool [U]; of several prompts of a unit the first counts.
@@ -191,19 +194,33 @@ def outcomes(
     Args:
         image: candidate of each flagged prompt, by its place in ``texts``, uint8 [C, H, W].
     """
-    result: dict[int, bool] = {}
+    chosen: dict[int, tuple[int, Owner]] = {}
     for place, text in enumerate(texts):
         owner = known.get(text)
-        if owner is None or owner.split != split or owner.block in result:
-            continue
-        result[owner.block] = place in image and shows(image[place], dataset.images[owner.rows], rule, device)
-    return np.array(list(result.values()), dtype=bool)
+        if owner is not None and owner.split == split:
+            chosen.setdefault(owner.block, (place, owner))
+    pairs = [
+        (unit, place, row)
+        for unit, (place, owner) in enumerate(chosen.values())
+        if place in image
+        for row in owner.rows
+    ]
+    own = np.zeros(len(chosen), dtype=bool)
+    step = max(1, _PIXELS // int(np.prod(dataset.images.shape[1:])))
+    for start in range(0, len(pairs), step):
+        unit, place, row = (list(column) for column in zip(*pairs[start : start + step], strict=True))
+        distance = distances(np.stack([image[each] for each in place]), dataset.images[row], device)
+        own[np.array(unit)[rule.score(distance[:, None]) <= 1]] = True
+    return own
 
 
-def shows(candidate: np.ndarray, pictures: np.ndarray, rule: Any, device: Any) -> bool:
-    """Whether a candidate, uint8 [C, H, W], passes the rule against one of some pictures, uint8 [R, C, H, W], in any view."""
-    found = search(candidate[None], pictures, np.zeros(len(pictures), dtype=np.int64), 1, device=device)
-    return bool(rule.passed(found.distinct)[0])
+def distances(candidates: np.ndarray, pictures: np.ndarray, device: Any = "cpu") -> np.ndarray:
+    """l2 of each candidate to the nearest view of one picture, uint8 [Q, C, H, W] both, float32 [Q]; as `search` has it."""
+    left = torch.from_numpy(candidates).to(device).int()
+    size, squared = left[0].numel(), []
+    for view in views(torch.from_numpy(np.ascontiguousarray(pictures)).to(device)):
+        squared.append((view.int() - left).square().flatten(1).sum(1))  # sums of int32 are int64
+    return l2_of(torch.stack(squared).amin(0).cpu().numpy(), size).astype(np.float32)
 
 
 def exact_p_value(training: np.ndarray, heldout: np.ndarray) -> float:
