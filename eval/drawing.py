@@ -53,13 +53,12 @@ def generate(
                 samples.reuse(source, bare.folder, source.prompts)
                 if bare.control and bare.control.images:
                     samples.reuse(source, bare.control.images.folder, bare.control.prompts)
-            guarded = guard(
-                source, target, config, accelerator, CONTROL
-            )  # the defenses report of the last one they guard
-            control = draw_control(guarded, control, "", target, config, accelerator)
+        asked = source
+        if target.guarded and control is not None and control.prompts:
+            asked = guard(source, target, config, accelerator, CONTROL)  # first: defenses report of the last one they guard
+        control = draw_control(asked, control, "", target, config, accelerator)
+        if target.guarded:
             source = guard(source, target, config, accelerator)
-        else:
-            control = draw_control(source, control, "", target, config, accelerator)
         images = draw(source, "", target, config, accelerator)
         images.control = control
     return source, images, bare
@@ -71,7 +70,7 @@ def guard(
     """The source behind the defenses of seam 6.
 
     Args:
-        apart: folder beside ``attack/`` files for the records that they keep; None: where they keep those of the attack.
+        apart: folder in ``attack/`` for the records that they keep; None: where they keep those of the attack.
     """
     guarded, context = replace(source), sampling_context(target, config, accelerator)
     if apart is not None:
