@@ -36,6 +36,9 @@ class GenerateConfig(SamplerConfig):
     # attack.prefilter first
     order: Literal["copies", "prefilter"] = "copies"
     candidates: int | None = None  # prompts that order=prefilter scores, the first by copies; null: all
+    # captions of held-out pictures that are attacked beside those of training pictures, which tells memory from what a caption
+    # says; null: as many, or all there are; 0: none
+    control_prompts: int | None = None
     per_prompt: int = 16  # images per prompt; a divisor or a multiple of batch_size fills the forward passes
     # of a text-to-image model. all: every image is written, then attacked; flagged: attacked while they are drawn, and only
     # those of flagged prompts are written, with the first images of the others (about `count` in all) for image quality
@@ -51,6 +54,8 @@ class GenerateConfig(SamplerConfig):
         for key in ("count", "max_prompts", "per_prompt"):
             if getattr(self, key) < 1:
                 raise UserError(f"generate.{key}", f"{getattr(self, key)} is less than 1", "take a positive number")
+        if self.control_prompts is not None and self.control_prompts < 0:
+            raise UserError("generate.control_prompts", f"{self.control_prompts} is negative", "take 0 for none")
         if self.candidates is not None and self.candidates < self.max_prompts:
             raise UserError(
                 "generate.candidates",
@@ -58,19 +63,24 @@ class GenerateConfig(SamplerConfig):
                 "null takes all",
             )
 
-    def outlook(self, captions: int) -> str:
+    def outlook(self, captions: int, heldout: int = 0) -> str:
         """Line of the dry run of a text-to-image model: what the prompted attack will draw.
 
         Args:
             captions: distinct prompts that there are (captions, or lines of ``prompts``).
+            heldout: distinct captions of held-out pictures.
         """
         prompts = min(captions, self.max_prompts)
+        control = min(heldout, prompts if self.control_prompts is None else self.control_prompts)
+        control = 0 if self.prompts is not None or self.order == "prefilter" else control
         each = max(1, self.batch_size // self.per_prompt)  # prompts in a pass
-        passes = -(-prompts // each) * -(-self.per_prompt // self.batch_size)
-        return (
+        passes, again = (-(-count // each) * -(-self.per_prompt // self.batch_size) for count in (prompts, control))
+        text = (
             f"prompted attack {prompts} prompts x {self.per_prompt} images x {self.steps} steps: "
             f"{prompts * self.per_prompt} images, {passes * self.steps} passes of up to {self.batch_size} images"
         )
+        more = f"{control * self.per_prompt} images, {again * self.steps} passes more"
+        return f"{text}; control of up to {control} held-out captions: {more}" if control else text
 
 
 @dataclass(kw_only=True)

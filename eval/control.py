@@ -62,11 +62,8 @@ def control(
     """
     if heldout is None:
         return None
-    m = min(len(training.ids), len(heldout.ids))
-    sides = []
-    for side, pictures in (("training", training), ("heldout", heldout)):
-        ids = pictures.drawn(m, derive(seed, "attack/control", side))
-        sides.append((pictures, np.sort(ids)))
+    sides = drawn_sides(training, heldout, seed)
+    m = len(sides[0][1])
     found = [_nearest(candidates, pictures, ids, max(_LEAST, _LIST * rule.n), accelerator) for pictures, ids in sides]
     blocks = [pictures.block[pictures.first[np.searchsorted(pictures.ids, ids)]] for pictures, ids in sides]
     unit = "group" if training.grouped or heldout.grouped else "picture"
@@ -89,6 +86,15 @@ def control(
     if m < _FEW:
         result["note"] = f"only {m} pictures on either side: the control resolves little"
     return result
+
+
+def drawn_sides(training: Pictures, heldout: Pictures, seed: int) -> list[tuple[Pictures, np.ndarray]]:
+    """Both sides, each with the ids of m of its pictures, ascending; m is the smaller number of distinct pictures."""
+    m = min(len(training.ids), len(heldout.ids))
+    return [
+        (pictures, np.sort(pictures.drawn(m, derive(seed, "attack/control", side))))
+        for side, pictures in (("training", training), ("heldout", heldout))
+    ]
 
 
 @dataclass

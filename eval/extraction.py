@@ -85,12 +85,14 @@ class Extraction:
         matches: rows of matches.csv, one per generation.
         pictures: the same seen from the training pictures.
         cliques: rows of cliques.csv, flagged prompts first, tightest first; empty for the untargeted protocol.
+        candidates: one image of each flagged prompt, uint8 [C, H, W], by the prompt's name; empty for the untargeted protocol.
     """
 
     report: dict[str, Any]
     matches: list[dict[str, Any]]
     pictures: PictureFindings
     cliques: list[dict[str, Any]] = field(default_factory=list)
+    candidates: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def tier_of(generations: int, prompts: int | None = None, per_prompt: int | None = None) -> str:

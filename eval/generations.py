@@ -30,6 +30,7 @@ class Generations:
         measured: files on which image quality is measured; None: all.
         streamed: what the attack found when the images were drawn, most of which are gone (`eval.stream`); None: it is yet
             to be made, on the files.
+        control: the same of captions that the model never saw (`eval.captioncontrol`); None: not asked for.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Generations:
     rejected: dict[str, str]
     measured: list[str] | None = None
     streamed: Any = None
+    control: Any = None
 
     @property
     def prompted(self) -> bool:

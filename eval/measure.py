@@ -8,6 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from defenses.errors import UserError
+from eval.captioncontrol import compare
 from eval.correlation import by_correlation
 from eval.downstream import Labelled, labels_of_generations, measure_downstream, not_measured
 from eval.extraction import Extraction, check_tier, untargeted
@@ -27,20 +28,38 @@ def attack(images: Generations, dataset: Dataset, config: SimpleNamespace, accel
     options = {"exchangeable": config.data.exchangeable(), "seed": config.run.seed}
     protocol = settings.protocol if settings.protocol != "auto" else ("prompted" if images.prompted else "untargeted")
     if images.streamed is not None:
-        return conclude_stream(images, training, heldout, settings, accelerator, **options)
+        found = conclude_stream(images, training, heldout, settings, accelerator, **options)
+        return with_captions(found, images, dataset, config, accelerator)
     if protocol == "prompted":
         if not images.prompted:
             raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
         sizes = [len(files) for _, files in images.groups]
         check_tier(settings, sum(sizes), len(sizes), min(sizes))
         groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
-        return prompted(groups, training, heldout, settings, accelerator, **options)
+        found = prompted(groups, training, heldout, settings, accelerator, **options)
+        return with_captions(found, images, dataset, config, accelerator)
     names = [name for _, files in images.groups for name in files]
     check_tier(settings, len(names))
     generations = images.read(names, size, channels)
     found = untargeted(generations, training, heldout, settings, accelerator, names=names, **options)
     calibration = pictures_of(dataset, "calibration")
     found.report["by_correlation"] = by_correlation(generations, training, heldout, calibration, accelerator)
+    return found
+
+
+def with_captions(
+    found: Extraction, images: Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
+) -> Extraction:
+    """Adds ``captions`` to the control of a prompted attack, or None and the reason."""
+    control, beside = images.control, found.report["control"]
+    if control is None or beside is None:
+        return found
+    beside |= {"captions": None, "captions_reason": control.reason}
+    if control.images is not None:
+        pictures = pictures_of(dataset, "train"), pictures_of(dataset, "heldout")
+        captions = compare(control, found.candidates, *pictures, dataset, config, accelerator)
+        captions["training"]["verified"] = beside["verified_train_m"]
+        beside["captions"] = captions
     return found
 
 

@@ -24,6 +24,7 @@ from eval.pictures import Pictures
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
 
 Images = np.ndarray | Callable[[], np.ndarray]  # uint8 [N, C, H, W], or what reads them
+Prompt = tuple[str, Sequence[str], Images]  # name, names of the generations, and these
 
 
 @dataclass
@@ -87,7 +88,7 @@ class NearestGenerations:
 
 
 def prompted(
-    prompts: Iterable[tuple[str, Sequence[str], Images]],
+    prompts: Iterable[Prompt],
     training: Pictures,
     heldout: Pictures | None,
     config: ExtractionConfig,
@@ -102,9 +103,20 @@ def prompted(
         prompts: name, names of the generations, and their images (or a function that reads them: only the rank that works
             on the prompt calls it, so that one prompt at a time is in memory).
     """
+    results, best = examine(list(prompts), training, config, accelerator)
+    places = zip(best.prompt.tolist(), best.place.tolist(), strict=True)
+    nearest = [results[prompt].matches[place]["generation"] if prompt >= 0 else None for prompt, place in places]
+    return conclude(
+        results, best.distance, nearest, training, heldout, config, accelerator, exchangeable=exchangeable, seed=seed
+    )
+
+
+def examine(
+    prompts: list[Prompt], training: Pictures, config: ExtractionConfig, accelerator: Any = None
+) -> tuple[list[PromptFinding], NearestGenerations]:
+    """Cliques and nearest pictures of all prompts, on all ranks, each of which gets the same; see `prompted`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = accelerator.device if accelerator else "cpu"
-    prompts = list(prompts)
     refuse_hopeless(config, [len(names) for _, names, _ in prompts])
     best = NearestGenerations.none(len(training.ids))
 
@@ -122,11 +134,22 @@ def prompted(
     results = work() if world == 1 else gather_object(together(accelerator, work))
     best = NearestGenerations.merged([best] if world == 1 else gather_object([best]))
     results.sort(key=lambda result: result.index)
-    places = zip(best.prompt.tolist(), best.place.tolist(), strict=True)
-    nearest = [results[prompt].matches[place]["generation"] if prompt >= 0 else None for prompt, place in places]
-    return conclude(
-        results, best.distance, nearest, training, heldout, config, accelerator, exchangeable=exchangeable, seed=seed
-    )
+    return results, best
+
+
+def candidates_of(results: list[PromptFinding]) -> dict[str, np.ndarray]:
+    """The candidates by the names of their prompts, the tightest clique first, uint8 [C, H, W]."""
+    return {result.row["prompt"]: result.image for result in tightest(results)}
+
+
+def tightest(results: list[PromptFinding]) -> list[PromptFinding]:
+    """The flagged prompts, the tightest clique first."""
+    return sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
+
+
+def nearest_rule(config: ExtractionConfig) -> Rule:
+    """Carlini et al. 2023, section 4.2: a candidate is its nearest picture if that lies within ``verify_l2``."""
+    return Rule(1, lambda distance: distance[:, 0].astype(np.float64) / config.verify_l2)
 
 
 def conclude(
@@ -148,11 +171,11 @@ def conclude(
         best: l2 of each distinct picture to its nearest generation, float64 [P].
         nearest: name of that generation.
     """
-    flagged = sorted((r for r in results if r.row["flagged"]), key=lambda r: (r.row["mean_distance"], r.index))
+    flagged = tightest(results)
     candidates = (
         np.stack([r.image for r in flagged]) if flagged else np.zeros((0, *training.images.shape[1:]), np.uint8)
     )
-    rule = Rule(1, lambda distance: distance[:, 0].astype(np.float64) / config.verify_l2)
+    rule = nearest_rule(config)
     found = search_sharded(candidates, training.images, training.picture, 1, accelerator=accelerator)
     for result, passed in zip(flagged, rule.passed(found.distinct), strict=True):
         result.row["verified"] = result.matches[result.medoid]["verified"] = bool(passed)
@@ -177,7 +200,7 @@ def conclude(
     }  # fmt: skip
     rest = [result for result in results if not result.row["flagged"]]
     pictures = PictureFindings(best, nearest, None, np.isin(training.ids, verified))
-    return Extraction(report, matches, pictures, [result.row for result in flagged + rest])
+    return Extraction(report, matches, pictures, [result.row for result in flagged + rest], candidates_of(results))
 
 
 def tiled_l2(images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:

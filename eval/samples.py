@@ -278,14 +278,16 @@ def passes(unit: range, count: int, batch_size: int) -> Iterator[list[tuple[int,
 
 
 def reuse(source: Source, folder: Path, prompts: list[str]) -> None:
-    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices are still drawn, and so are
-    prompts whose embedding a defense has changed."""
+    """Lets ``source.draw`` read what `generate` has drawn into ``folder`` already; other sample indices and prompts are still drawn,
+    and so are prompts whose embedding a defense has changed."""
     draw, number = source.draw, {prompt: place for place, prompt in enumerate(prompts)}
 
     def reading(indices: Sequence[int], conditions: Sequence[Any] | None) -> torch.Tensor:
         told = [None] * len(indices) if conditions is None else conditions
         files = [
-            None if isinstance(each, TextCondition) else file_of(folder, number[each] if prompts else None, index)
+            None
+            if isinstance(each, TextCondition) or (prompts and each not in number)
+            else file_of(folder, number[each] if prompts else None, index)
             for index, each in zip(indices, told, strict=True)
         ]
         missing = [place for place, file in enumerate(files) if file is None or not file.exists()]

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +17,14 @@ from eval import samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
-from eval.denoiser import Denoiser
+from eval.drawing import generate
 from eval.extraction import Extraction
-from eval.generations import Generations, find
+from eval.generations import Generations
 from eval.measure import attack, downstream_of, quality_of
 from eval.parts import PARTS, run_parts, white_box
-from eval.prefilter import prompt_scores
 from eval.report import render
-from eval.stream import stream
 from eval.suite import Finding, Scene
-from eval.target import Target, sampling_context, target_of, timed
+from eval.target import Target, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
 from train.release import peak_memory
@@ -94,59 +90,6 @@ class Findings:
     utility: dict[str, Any] | None = None
     parts: dict[str, Finding] = field(default_factory=dict)  # of ``privacy`` in the report, by name
     along: list[dict[str, Any]] = field(default_factory=list)
-
-
-def generate(
-    target: Target, config: SimpleNamespace, accelerator: Accelerator, model: Denoiser | None = None
-) -> tuple[samples.Source | None, Generations, Generations | None]:
-    """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives.
-
-    Args:
-        model: scores the prompts where ``generate.order`` is "prefilter".
-
-    Returns:
-        What drew them (None where somebody else did), the images, and those of the bare model (None without a guard).
-    """
-    size, channels = config.data.image_size, config.data.channels
-    if target.pipeline is None:
-        return None, find(target.generations, size, channels), None
-    bare = None
-    with timed(target.output, "generate_seconds", accelerator):
-        source = samples.load(
-            target.pipeline, config.generate, config.run.seed, (channels, size, size), accelerator.device
-        )
-        score = partial(prompt_scores, target, model, config, accelerator)
-        if source.protocol == "prompted":
-            source.prompts = samples.prompts_of(config.generate, target.dataset, score)
-        if target.guarded:
-            bare = draw(source, unguarded_folder(target), "prompts_guard_off", target, config, accelerator)
-            if bare.streamed is None:
-                samples.reuse(source, bare.folder, source.prompts)
-            context = sampling_context(target, config, accelerator)
-            samples.wrap(source, target.defenses, replace(context, text_model=source.text_model))
-        images = draw(source, target.generations, "prompts", target, config, accelerator)
-    return source, images, bare
-
-
-def draw(
-    source: samples.Source,
-    folder: Path,
-    records: str,
-    target: Target,
-    config: SimpleNamespace,
-    accelerator: Accelerator,
-) -> Generations:
-    """Images of one source into ``folder``; with ``generate.keep=flagged`` attacked at once, records in ``attack/``."""
-    if config.generate.keep == "flagged":
-        place = target.output.attack / records
-        return stream(source, folder, place, source.prompts, target.dataset, config, accelerator)
-    samples.generate(source, folder, config.generate, source.prompts, config.run.seed, accelerator)
-    return find(folder, config.data.image_size, config.data.channels)
-
-
-def unguarded_folder(target: Target) -> Path:
-    """Images of the same sample indices without the defenses of seam 6: what whoever holds the weights can draw."""
-    return target.output.path / "generations_guard_off"
 
 
 def measure_unguarded(

@@ -136,11 +136,14 @@ def stream(
     dataset: Dataset,
     config: SimpleNamespace,
     accelerator: Accelerator,
+    *,
+    split: str = "train",
 ) -> Generations:
     """Draws and attacks all prompts on all ranks; what an earlier start of the same attack finished is not drawn again.
 
     Args:
         folder: of the images that are kept; ``records`` of the rest; both on a file system that all ranks share.
+        split: of the pictures that the images are held against; of others than training pictures no image is kept for quality.
 
     Returns:
         The images that were kept, with what the attack found (``streamed``), for `conclude_stream`.
@@ -153,9 +156,10 @@ def stream(
         raise UserError("generate.keep", "flagged needs a text-to-image model", "set generate.keep=all")
     check_tier(config.attack.extraction, count * settings.per_prompt, count, settings.per_prompt)
     refuse_hopeless(config.attack.extraction, [settings.per_prompt] * count)
-    known = PromptRecords(records, folder, _digest(prompts, dataset, config))
-    first = first_images(count, settings.per_prompt, settings.count)
-    work = Stream(source, known, prompts, first, pictures_of(dataset, "train"), config, accelerator.device)
+    known = PromptRecords(records, folder, _digest(prompts, dataset, config, split))
+    measured = settings.count if split == "train" else 0
+    first = first_images(count, settings.per_prompt, measured)
+    work = Stream(source, known, prompts, first, pictures_of(dataset, split), config, accelerator.device)
     records.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     together(accelerator, lambda: work.run(accelerator.process_index, accelerator.num_processes))
@@ -170,7 +174,7 @@ def first_images(prompts: int, per_prompt: int, count: int) -> np.ndarray:
     """
     chosen = min(prompts, count)
     first = np.zeros(prompts, dtype=np.int64)
-    first[np.arange(chosen) * prompts // chosen] = min(per_prompt, math.ceil(count / prompts))
+    first[np.arange(chosen) * prompts // max(1, chosen)] = min(per_prompt, math.ceil(count / prompts))
     return first
 
 
@@ -251,12 +255,11 @@ def conclude_stream(
     return result
 
 
-def _digest(prompts: Sequence[str], dataset: Dataset, config: SimpleNamespace) -> str:
+def _digest(prompts: Sequence[str], dataset: Dataset, config: SimpleNamespace, split: str) -> str:
     """Of everything that decides what a prompt's images and its record are."""
-    records = [dataset.records[row] for row in dataset.rows("train")]
-    drawn = {
-        key: value for key, value in asdict(config.generate).items() if key not in ("prompts", "max_prompts", "keep")
-    }
+    records = [dataset.records[row] for row in dataset.rows(split)]
+    chosen = ("prompts", "max_prompts", "control_prompts", "keep")
+    drawn = {key: value for key, value in asdict(config.generate).items() if key not in chosen}
     extraction = config.attack.extraction
     parts = [
         list(prompts), drawn, config.run.seed, list(dataset.images.shape[1:]),

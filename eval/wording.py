@@ -99,8 +99,8 @@ def distinct_pictures(report: dict[str, Any]) -> int:
 
 PROMPTED_CONTROL = (
     "Captions alone: prompts that describe training pictures draw images nearer to these than to held-out pictures, also from a model "
-    "that has not seen either. The p-value of the control does not tell that from memorisation; the same attack on pictures that the "
-    "model never saw, with their captions (eval/run.py pipeline=… data.source=…), does."
+    "that has not seen either. The p-value against held-out pictures does not tell that from memorisation; a control with held-out "
+    "captions does. There is none: {reason}."
 )
 
 
@@ -141,7 +141,32 @@ def control_sentences(control: dict[str, Any] | None) -> list[str]:
     if control.get("background") is not None:
         share = percent(control["background"])
         sentences.append(f"Background: {share} of real held-out pictures would pass the rule if they were generations.")
+    if control.get("captions"):
+        sentences.append(captions_sentence(control["captions"]))
     return sentences
+
+
+def captions_sentence(captions: dict[str, Any]) -> str:
+    """The control of a prompted attack: captions that the model never saw, against their own pictures."""
+    training, units = captions["training"], "people" if captions["unit"] == "group" else "pictures"
+    text = (
+        f"Control of the captions: of {training['tested']:,} training {units} with a caption of their own, {training['own']:,} came "
+        f"back by it; of {captions['tested']:,} held-out {units}, which the model never saw, {captions['own']:,}"
+    )
+    if captions["p_value"] is None:
+        return f"{text}; no p-value, because {captions['reason']}."
+    return f"{text}; p = {number(captions['p_value'], 2)} (one-sided, exact)."
+
+
+def captions_lacking(extraction: dict[str, Any]) -> str | None:
+    """Why a prompted attack has no p-value beyond the caption; None where it has one, or needs none."""
+    control = extraction.get("control")
+    if extraction.get("protocol") != "prompted" or control is None:
+        return None
+    captions = control.get("captions")
+    if captions is None:
+        return control.get("captions_reason") or "it was not run"
+    return captions["reason"] if captions["p_value"] is None else None
 
 
 def not_measured(report: dict[str, Any]) -> list[str]:
@@ -159,8 +184,9 @@ def not_measured(report: dict[str, Any]) -> list[str]:
         missing.append("No control: there were no held-out pictures, so chance resemblance was not measured.")
     elif extraction["control"]["p_value"] is None:
         missing.append("No p-value: the held-out pictures are not exchangeable with the training pictures.")
-    if extraction.get("protocol") == "prompted" and extraction.get("control") is not None:
-        missing.append(PROMPTED_CONTROL)
+    lacking = captions_lacking(extraction)
+    if lacking:
+        missing.append(PROMPTED_CONTROL.format(reason=lacking))
     missing.append(tier_sentence(extraction))
     missing.append(
         f"Spread: the result holds for this one model and {extraction['generations']:,} generations. "

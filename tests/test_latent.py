@@ -34,6 +34,7 @@ SD = [
     "train.preview_count=3",
     "generate.max_prompts=2",
     "generate.per_prompt=4",
+    "generate.control_prompts=0",
 ]
 
 

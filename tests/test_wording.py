@@ -162,8 +162,18 @@ def test_only_inception_is_fid():
 
 def test_the_control_of_a_prompted_attack_is_qualified():
     """A model that draws what captions of training pictures say passes it without having seen a picture."""
+
+    def qualified() -> list[str]:
+        return [line for line in wording.not_measured(report) if line.startswith("Captions alone")]
+
     report = fabricate_report()
-    report["privacy"]["extraction"]["protocol"] = "prompted"
-    assert wording.PROMPTED_CONTROL in wording.not_measured(report)
-    report["privacy"]["extraction"]["protocol"] = "untargeted"
-    assert wording.PROMPTED_CONTROL not in wording.not_measured(report)
+    extraction = report["privacy"]["extraction"]
+    extraction["protocol"] = "prompted"
+    assert len(qualified()) == 1
+    extraction["control"] |= {"captions": None, "captions_reason": "no held-out picture has a caption"}
+    assert "no held-out picture has a caption." in qualified()[0]
+    extraction["control"]["captions"] = {"p_value": 0.3, "reason": None}
+    assert qualified() == []
+    extraction["control"]["captions"] = None
+    extraction["protocol"] = "untargeted"
+    assert qualified() == []

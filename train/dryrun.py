@@ -85,7 +85,8 @@ def describe_training(
         if config.generate.prompts is not None:
             lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
             known = {line.strip() for line in lines} - {""}
-        say(config.generate.outlook(len(known)))
+        heldout = {dataset.records[row].caption for row in dataset.rows("heldout")} - {None, ""}
+        say(config.generate.outlook(len(known), len(heldout)))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
