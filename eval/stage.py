@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
-from eval import samples
+from eval import captions, samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
@@ -64,7 +64,12 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(
-                target.run.path, config, target.dataset, accelerator, model=target.pipeline, facts=target.facts
+                target.run.path,
+                config,
+                captions.for_losses(target, config),
+                accelerator,
+                model=target.pipeline,
+                facts=target.facts,
             )
     found.parts = run_parts(Scene(target, config, accelerator, model, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
@@ -117,7 +122,7 @@ def generate(
         )
         score = partial(prompt_scores, target, model, config, accelerator)
         if source.protocol == "prompted":
-            source.prompts = samples.prompts_of(config.generate, target.dataset, score)
+            source.prompts = samples.prompts_of(config.generate, captions.for_prompts(target, config), score)
         if target.guarded:
             bare = draw(source, unguarded_folder(target), "prompts_guard_off", target, config, accelerator)
             if bare.streamed is None:
@@ -211,6 +216,7 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
+            "captions": captions.report(target, config) if source and source.protocol == "prompted" else None,
             **dict.fromkeys((*PARTS, "risk")),
             **{name: finding.report for name, finding in found.parts.items()},
             **{name: part for finding in found.parts.values() for name, part in finding.beside.items()},

@@ -168,7 +168,7 @@ def scene_of(folder, cliques, order="copies", captions=CAPTIONS):
     config = config_of(order)
     config.generate.max_prompts = len(captions) if order == "copies" else 2
     return Scene(
-        SimpleNamespace(output=output, dataset=dataset_of(captions)),
+        SimpleNamespace(output=output, dataset=dataset_of(captions), run=None),
         config,
         Accelerator(cpu=True),
         planted(),

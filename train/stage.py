@@ -15,7 +15,14 @@ from defenses.base import CheckpointView, Defense, RunContext
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from train import checkpoint, families, textstage
-from train.combinations import is_quiet, plan_and_rule, refuse_combinations, refuse_mixing, sampling_frequency
+from train.combinations import (
+    is_quiet,
+    plan_and_rule,
+    refuse_combinations,
+    refuse_dropout,
+    refuse_mixing,
+    sampling_frequency,
+)
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.loop import Trainer
@@ -91,6 +98,7 @@ def build_trainer(
     schedule = noise_schedule(settings.diffusion)
     family = families.of(config.model)
     family.check(config.model, schedule, defenses, model)
+    refuse_dropout(model, defenses)
     begin(config, dataset, directory, accelerator, defenses)
     plan, rule = plan_and_rule(config, rows, defenses)
     quiet = is_quiet(config, defenses)
