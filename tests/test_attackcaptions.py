@@ -29,6 +29,7 @@ from tests.pipelines import stable_diffusion
 from tests.small import opened, small_config
 from tests.test_config import load
 from tests.test_latent import SD
+from train.manifest import write_manifest
 from train.stage import train_model
 
 
@@ -189,6 +190,7 @@ def test_a_whole_run_says_and_uses_them(tmp_path, which):
         tmp_path / "runs", *SD, f"model.pretrained={tmp_path / 'base'}", "defenses.scrub.patterns=[phantom]", "train.steps=1",
         "attack.membership={attacks: [loss], draws: 1, records: 4, set_test: false}", f"attack.captions={which or 'null'}",
     )  # fmt: skip
+    write_manifest(dataset, directory.manifest)
     train_model(config, dataset, directory, defenses, accelerator)
     report = run_evaluation(directory, config, accelerator)
     assert report["privacy"]["captions"] == {
