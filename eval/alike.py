@@ -15,6 +15,7 @@ FIELDS = {
     "privacy.extraction.tier": "generate",
     "privacy.extraction.generations": "generate",
     "privacy.extraction.sampler": "generate",
+    **{f"privacy.captions.{name}": "attack" for name in ("losses", "prompts")},
     **{f"utility.{name}": "utility" for name in "features features_dim weights_sha256 reference".split()},
     "utility.n_reference": "data",
     "utility.downstream.settings": "utility",
@@ -23,7 +24,7 @@ FOLLOWS_FROM_DATA = "privacy.extraction.settings.n_effective"  # neighbours that
 # what the attack met, not what it was told
 MEASURED = {f"privacy.extraction.settings.{name}" for name in ("inexact_cliques", "generations_per_prompt")}
 # compared only where both have it: other families have no sampler, and a classifier can fail in one arm
-OPTIONAL = ("privacy.extraction.sampler", "utility.downstream.settings")
+OPTIONAL = ("privacy.extraction.sampler", "privacy.captions", "utility.downstream.settings")
 
 GAN = "gan"
 

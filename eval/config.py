@@ -7,6 +7,8 @@ from typing import Literal
 
 from defenses import registry
 from defenses.errors import UserError
+from eval.captions import Captions
+from eval.captions import check as check_captions
 from eval.copymetrics import CopyMetricsConfig
 from eval.detectors import PrefilterConfig
 from eval.exposure import ExposureConfig
@@ -87,6 +89,10 @@ class GenerateConfig(SamplerConfig):
 class AttackConfig:
     """Section ``attack``: null switches an attack off; its part of the report is then null."""
 
+    # of a text-to-image run whose defenses rewrite captions. trained: as they were trained on; original: as the data have them. null:
+    # trained where losses are measured (membership, inpainting, canaries, the audit of DP-SGD), original as prompts (generate,
+    # finetuning, prefilter). Prompts from a file stay as they are
+    captions: Captions | None = None
     extraction: ExtractionConfig | None = field(default_factory=ExtractionConfig)
     membership: MembershipConfig | None = None  # who can be recognised as trained on
     inpainting: InpaintingConfig | None = None  # what half of a picture brings back of the other
@@ -132,6 +138,7 @@ def check(config: SimpleNamespace) -> None:
         raise UserError(
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
+    check_captions(config, foreign)
     check_keep(config)
     check_along(config, foreign)
     check_white_box(config, foreign)

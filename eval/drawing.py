@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from accelerate import Accelerator
 
 from defenses.errors import UserError
-from eval import captioncontrol, samples
+from eval import captioncontrol, captions, samples
 from eval.captioncontrol import CaptionControl
 from eval.denoiser import Denoiser
 from eval.generations import Generations, find
@@ -44,8 +44,9 @@ def generate(
         )
         score = partial(prompt_scores, target, model, config, accelerator)
         if source.protocol == "prompted":
-            source.prompts = samples.prompts_of(config.generate, target.dataset, score)
-            control = captioncontrol.plan(config, target.dataset, source.prompts)
+            known = captions.for_prompts(target, config)
+            source.prompts = samples.prompts_of(config.generate, known, score)
+            control = captioncontrol.plan(config, known, source.prompts)
         if target.guarded:
             bare = draw(source, BARE, target, config, accelerator)
             bare.control = draw_control(source, control, BARE, target, config, accelerator)

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from defenses.errors import UserError
 from defenses.neighbours import VIEWS
 from defenses.ranks import on_main, together
+from eval import captions
 from eval.clusters import Clusters, find_clusters, medoid
 from eval.denoiser import Denoiser
 from eval.extrapolation import KEY, Guidance, Pair, draw, load_base
@@ -143,7 +144,7 @@ def run(scene: Scene) -> Finding | None:
     shape = tuple(scene.target.dataset.images.shape[1:])
     pair = load_base(scene.denoiser, scene.target.pipeline, folder, shape)
     _refuse_misfit(settings, pair)
-    prompts = prompts_of(settings, pair.tuned, scene.target.dataset)
+    prompts = prompts_of(settings, pair.tuned, captions.for_prompts(scene.target, config))
     drawn = [_images(scene, pair, prompts, weight, folder) for weight in settings.weights]
     training, heldout = (pictures_of(scene.target.dataset, split) for split in ("train", "heldout"))
     arms = _arms(scene, drawn, settings.clusters or len(training.ids))

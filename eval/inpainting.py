@@ -14,6 +14,7 @@ from tqdm import tqdm
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from defenses.seeding import generator
+from eval import captions
 from eval.denoiser import Denoiser, load
 from eval.members import Candidates, candidates, conditions
 from eval.reconstructions import COLUMNS, Fills, MeanPicture, distances, left_half, mirrored, summary
@@ -100,7 +101,7 @@ def run(scene: Scene) -> Finding | None:
         raise UserError(
             "attack.inpainting.steps", f"is more than the model's {scene.denoiser.timesteps} timesteps", "lower it"
         )
-    seed, dataset = scene.config.run.seed, target.dataset
+    seed, dataset = scene.config.run.seed, captions.for_losses(target, scene.config)
     asked = candidates(dataset, settings.pictures, seed)
     reference = reference_of(scene)
     folder = target.output.path / FOLDER
@@ -233,7 +234,8 @@ def _row(
     settings, row, record = scene.config.attack.inpainting, int(asked.rows[place]), asked.records[place]
     original = np.asarray(scene.target.dataset.images[row])
     judge = reference.of(row)
-    key = json.dumps([asdict(settings), scene.config.run.seed, record.record_id, judge and judge[0]])
+    told = conditions(scene.denoiser, [record]) if scene.denoiser.kind == "caption" else []
+    key = json.dumps([asdict(settings), scene.config.run.seed, record.record_id, judge and judge[0], *told])
     file = folder / f"{row:06d}.npz"
     kept = _read(file, key)
     if kept is None:

@@ -6,6 +6,7 @@ mean over 20 draws of the noise and over the mirror image ("Strong LiRA").
 """
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -99,6 +100,8 @@ def shadow_attacks(
         return gradient_features(model, conditions=conditions(model, who.records), timesteps=spaced, **common)
 
     key = {"rows": hashlib.sha256(who.rows.tobytes()).hexdigest(), "seed": seed}
+    if denoiser.kind == "caption":  # original or rewritten
+        key["captions"] = hashlib.sha256(json.dumps(conditions(denoiser, who.records)).encode()).hexdigest()
     told = {"timesteps": at, "draws": draws, "flips": flips}
     shape = dataset.images.shape[1:]
     trained = shadows.trained[:, who.rows]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from defenses.errors import UserError
 from defenses.references import Rows
+from eval import captions
 from eval.clid import KEPT, MIX, PLACES, clid
 from eval.entries import Scores, curves, entries, risks
 from eval.exchangeable import blind_check, not_checked
@@ -97,7 +98,8 @@ def run(scene: Scene) -> Finding | None:
     """
     if scene.denoiser is None:
         return None
-    settings, seed, dataset = scene.config.attack.membership, scene.config.run.seed, scene.target.dataset
+    settings, seed = scene.config.attack.membership, scene.config.run.seed
+    dataset = captions.for_losses(scene.target, scene.config)
     who = candidates(dataset, settings.records, seed)
     if who.member.all() or not who.member.any():
         side = "held-out" if who.member.all() else "training"

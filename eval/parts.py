@@ -7,7 +7,7 @@ import numpy as np
 
 from defenses.errors import UserError
 from defenses.ranks import on_main
-from eval import copymetrics, denoiser, exposure, finetuning, inpainting, membership, prefilter, risk
+from eval import captions, copymetrics, denoiser, exposure, finetuning, inpainting, membership, prefilter, risk
 from eval.denoiser import Denoiser
 from eval.suite import Finding, Scene
 from eval.target import pictures_of, timed
@@ -56,7 +56,12 @@ def _canaries(scene: Scene) -> Finding | None:
     if target.run is None:
         return None
     planted = exposure.measure(
-        target.run.path, scene.config, target.dataset, scene.accelerator, model=target.pipeline, facts=target.facts
+        target.run.path,
+        scene.config,
+        captions.for_losses(target, scene.config),
+        scene.accelerator,
+        model=target.pipeline,
+        facts=target.facts,
     )
     return planted and Finding(planted.report, {"canaries.csv": (exposure.COLUMNS, planted.table)})
 

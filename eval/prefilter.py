@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from defenses.blocklog import BlockLog
 from defenses.errors import UserError
 from defenses.ranks import on_main
-from eval import roc, samples
+from eval import captions, roc, samples
 from eval.denoiser import Denoiser
 from eval.detectors import score
 from eval.intervals import rate_interval
@@ -57,14 +57,21 @@ def prompt_scores(
 def run(scene: Scene) -> Finding:
     """Scores the prompts that were attacked, or reads their scores, and measures what the pre-filter would have found."""
     target, config = scene.target, scene.config
-    scorer = partial(prompt_scores, target, scene.denoiser, config, scene.accelerator)
-    attacked = samples.prompts_of(config.generate, target.dataset, scorer)
+    dataset = captions.for_prompts(target, config)
+    scores: dict[str, float] = {}  # of the prompts that this configuration asks about: the log may have others
+
+    def scorer(prompts: list[str]) -> list[float]:
+        found = prompt_scores(target, scene.denoiser, config, scene.accelerator, prompts)
+        scores.update(zip(prompts, found, strict=True))
+        return found
+
+    attacked = samples.prompts_of(config.generate, dataset, scorer)
     scorer(attacked)
     log = BlockLog(target.output.attack, "prompt_scores", 0)
-    known, seconds = on_main(scene.accelerator, lambda: _known(log, _settings(config)))
-    rows = table(known, attacked, scene.extraction.cliques if scene.extraction else [], target.dataset)
+    _, seconds = on_main(scene.accelerator, lambda: _known(log, _settings(config)))
+    rows = table(scores, attacked, scene.extraction.cliques if scene.extraction else [], dataset)
     reason = _reason(scene, rows)
-    unit = _units(rows, target.dataset)
+    unit = _units(rows, dataset)
     found = {name: None if reason else measured(rows, name, unit, config.run.seed) for name in ("flagged", "verified")}
     report = {
         "detector": config.attack.prefilter.detector,

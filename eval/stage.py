@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
-from eval import samples
+from eval import captions, samples
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
@@ -60,7 +60,12 @@ def evaluate(target: Target, config: SimpleNamespace, accelerator: Accelerator) 
     if target.facts:
         with timed(output, "audit_seconds", accelerator):
             found.audit = audit_run(
-                target.run.path, config, target.dataset, accelerator, model=target.pipeline, facts=target.facts
+                target.run.path,
+                config,
+                captions.for_losses(target, config),
+                accelerator,
+                model=target.pipeline,
+                facts=target.facts,
             )
     found.parts = run_parts(Scene(target, config, accelerator, model, images, found.extraction))
     with timed(output, "utility_seconds", accelerator):
@@ -154,6 +159,7 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
+            "captions": captions.report(target, config) if source and source.protocol == "prompted" else None,
             **dict.fromkeys((*PARTS, "risk")),
             **{name: finding.report for name, finding in found.parts.items()},
             **{name: part for finding in found.parts.values() for name, part in finding.beside.items()},

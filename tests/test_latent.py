@@ -158,6 +158,32 @@ def test_our_sampler_equals_the_pipeline(folders):
         assert np.abs(theirs.transpose(0, 3, 1, 2) - ours.numpy()).max() < 1e-5, kind
 
 
+def test_a_preview_without_caption_takes_the_empty_condition_of_training(folders):
+    """XL: zeros, what the pipeline takes where its guidance leads away from; a user's empty prompt stays the embedding of ""."""
+    from diffusers import DDIMScheduler
+
+    from train import families
+    from train.sampling import SamplerConfig
+
+    pipeline = DiffusionPipeline.from_pretrained(folders["sdxl"])
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    text, _, pooled, _ = pipeline.encode_prompt([""] * 2, do_classifier_free_guidance=False)
+    noise = torch.stack([start_noise(3, "", i, (4, 8, 8)) for i in range(2)])
+    options = {"latents": noise, "num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "np"}
+    zeros = {"prompt_embeds": torch.zeros_like(text), "pooled_prompt_embeds": torch.zeros_like(pooled)}
+    zeros |= {f"negative_{name}": value for name, value in zeros.items()}
+    model, config = LatentModel(load(folders["sdxl"])), SamplerConfig(steps=5, guidance_scale=4.0)
+    arguments = {"seed": 3, "prompts": [""] * 2}
+    preview = families.FAMILIES["latent"].sample(model, None, config, range(2), (3, 16, 16), **arguments).numpy()
+    asked = sample(model, config, range(2), (3, 16, 16), **arguments).numpy()
+    assert np.abs(pipeline(**zeros, **options).images.transpose(0, 3, 1, 2) - preview).max() < 1e-5
+    assert np.abs(pipeline([""] * 2, **options).images.transpose(0, 3, 1, 2) - asked).max() < 1e-5
+    assert np.abs(preview - asked).max() > 1e-3
+
+
 def test_caches_change_nothing_and_are_used(folders, tmp_path, monkeypatch):
     losses = {}
     for cache in ("true", "false"):

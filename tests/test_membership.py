@@ -40,6 +40,7 @@ def scene_of(denoiser, dataset, augment=None, run=None, exchangeable=True, **set
         run=SimpleNamespace(seed=3),
         data=SimpleNamespace(exchangeable=lambda: exchangeable),
         defenses=SimpleNamespace(augment=augment),
+        model=SimpleNamespace(family="pixel"),
     )
     return Scene(SimpleNamespace(dataset=dataset, run=run), config, Accelerator(cpu=True), denoiser, None, None)
 

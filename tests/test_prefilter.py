@@ -168,7 +168,7 @@ def scene_of(folder, cliques, order="copies", captions=CAPTIONS):
     config = config_of(order)
     config.generate.max_prompts = len(captions) if order == "copies" else 2
     return Scene(
-        SimpleNamespace(output=output, dataset=dataset_of(captions)),
+        SimpleNamespace(output=output, dataset=dataset_of(captions), run=None),
         config,
         Accelerator(cpu=True),
         planted(),
@@ -251,3 +251,16 @@ def test_refused_before_any_work(overrides, key, tmp_path):
 def test_models_without_prompts_are_refused(family):
     with pytest.raises(UserError, match=r"attack\.prefilter"):
         check(load(f"model.family={family}", "attack.prefilter={}"))
+
+
+def test_prompts_of_an_earlier_file_are_in_no_table(tmp_path, monkeypatch):
+    """Their scores stay in the log; what was not asked about now was not attacked, and says nothing of the recall."""
+    other = [f"an earlier prompt {number}" for number in range(7)]
+    scored(tmp_path, [*other, CAPTIONS[0]], config_of(), monkeypatch, [])
+    cliques = [clique(4, True), *(clique(place, False) for place in range(4))]
+    finding = prefilter.run(scene_of(tmp_path, cliques))
+    rows = finding.tables["prompt_scores.csv"][1]
+    assert sorted(row["prompt"] for row in rows) == sorted(CAPTIONS)
+    assert (finding.report["prompts"], finding.report["attacked"], finding.report["reason"]) == (5, 5, None)
+    ordered = prefilter.run(scene_of(tmp_path / "ordered", [clique(0, True), clique(1, False)], "prefilter"))
+    assert ordered.report["prompts"] == 4  # candidates that were not attacked are there

@@ -57,7 +57,7 @@ def _sample_gan(generator, schedule, sampler, indices, shape, *, prompts=None, *
 
 
 def _sample_latent(model, schedule, sampler, indices, shape, *, labels=None, **options: Any) -> torch.Tensor:
-    return textsampling.sample(model, sampler, indices, shape, **options)
+    return textsampling.sample(model, sampler, indices, shape, as_trained=True, **options)
 
 
 def _latent_objective(model, train: TrainConfig, schedule: DDPMScheduler, wants, encode) -> Objective:

@@ -247,3 +247,11 @@ def conditions_of(model: LatentModel, prompts: Sequence[str], known: Callable | 
     found, place = encode(distinct), {prompt: index for index, prompt in enumerate(distinct)}
     order = [place[prompt] for prompt in prompts]
     return Condition(found.text[order], None if found.pooled is None else found.pooled[order])
+
+
+def trained_conditions(model: LatentModel, captions: Sequence[str], known: Callable | None = None) -> Condition:
+    """Embeddings as they are trained on: no caption is what guidance leads away from, zeros for most pipelines of XL."""
+    found = conditions_of(model, captions, known)
+    if not model.conditioner.zero_for_empty:
+        return found
+    return found.without(torch.tensor([not each.strip() for each in captions], device=found.text.device))

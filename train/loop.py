@@ -114,27 +114,25 @@ class Trainer:
     def batch(self, rows: np.ndarray, repeat: np.ndarray) -> Batch:
         return self.change(self.fetch(rows), RecordRandom(self.plan.seed, self.state.step, rows, repeat), rows)
 
-    def example(self, count: int, negated: slice = slice(0)) -> Batch:
+    def example(self, count: int, negated: slice = slice(0), step: int = 0, drawn: bool = True) -> Batch:
         """A batch of random images in place of records, to try the model on before any record is touched.
 
         Args:
-            negated: which of them are shown as their negative, with another caption.
+            negated: which of them are shown as their negative, with other captions.
+            step, drawn: whose randomness is used, and whether the objective follows after seam 2.
         """
         found = self.fetch(np.zeros(1, dtype=np.int64))  # shapes and types alone are used
-        random = RecordRandom(self.seed, 0, range(count), [0] * count)
+        random = RecordRandom(self.seed, step, range(count), [0] * count)
         noise = (random.uniform("example", *found["images"].shape[1:]) * 255).to(torch.uint8)
         noise[negated] = 255 - noise[negated]
-        fields = {
-            "images": noise,
-            "labels": found["labels"] if found["labels"] is None else found["labels"].new_zeros(count),
-        }
+        fields = {"images": noise, "labels": None if found["labels"] is None else found["labels"].new_zeros(count)}
         if found.get("captions") is not None:
-            fields["captions"] = ["one two"] * count
-            fields["captions"][negated] = ["three"] * len(fields["captions"][negated])
-            fields["more_captions"] = [[] for _ in range(count)]
-        return self.change(fields, random, np.arange(count))
+            other = np.isin(np.arange(count), np.arange(count)[negated])
+            fields["captions"] = ["three" if each else "one two" for each in other]
+            fields["more_captions"] = [["four"] if each else [] for each in other]
+        return self.change(fields, random, np.arange(count), drawn)
 
-    def change(self, fields: dict[str, Any], random: RecordRandom, rows: np.ndarray) -> Batch:
+    def change(self, fields: dict[str, Any], random: RecordRandom, rows: np.ndarray, drawn: bool = True) -> Batch:
         """The batch of some records after seam 2, with what the objective draws."""
         device = self.accelerator.device
         images = fields["images"].to(device, non_blocking=True).float() / 127.5 - 1  # float32 -1..1
@@ -148,7 +146,7 @@ class Trainer:
             batch = defense.change_batch(batch)
         if batch.images is not images or images._version != version:
             batch = replace(batch, moments=None)  # those of other pictures
-        return self.objective.draw(batch)
+        return self.objective.draw(batch) if drawn else batch
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Per-example losses after the defenses, float32 [b]: a pure function of (weights, batch)."""

@@ -15,7 +15,14 @@ from defenses.base import CheckpointView, Defense, RunContext
 from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from train import checkpoint, families, textstage
-from train.combinations import is_quiet, plan_and_rule, refuse_combinations, refuse_mixing, sampling_frequency
+from train.combinations import (
+    is_quiet,
+    plan_and_rule,
+    refuse_combinations,
+    refuse_dropout,
+    refuse_mixing,
+    sampling_frequency,
+)
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.loop import Trainer
@@ -93,6 +100,7 @@ def build_trainer(
     schedule = noise_schedule(settings.diffusion)
     family = families.of(config.model)
     family.check(config.model, schedule, defenses, model)
+    refuse_dropout(model, defenses)
     quiet = is_quiet(config, defenses)
     text = textstage.texts_of(config, dataset, directory, defenses, model, accelerator, rehearsal)
     wants = {name for defense in defenses for name in defense.wants}

@@ -13,7 +13,7 @@ from defenses.base import Batch
 from train import diffusion
 from train.conditioner import Condition
 from train.diffusion import DiffusionConfig, autocast
-from train.latent import LatentModel, conditions_of, spread, time_ids
+from train.latent import LatentModel, spread, time_ids, trained_conditions
 from train.objective import Objective
 
 TEXT_MAGNITUDE = "text_magnitude"  # what a defense may want to know beside the loss (`defenses.base.Defense.wants`)
@@ -83,11 +83,7 @@ class TextObjective:
                 prepared.text = self.text_noise(batch, length, width, device)
         else:
             with autocast(device, self.precision):
-                found = conditions_of(self.model, batch.captions, self.encode)
-            if self.model.conditioner.zero_for_empty:  # no caption is what guidance leads away from
-                found = found.without(
-                    torch.tensor([not each.strip() for each in batch.captions], device=found.text.device)
-                )
+                found = trained_conditions(self.model, batch.captions, self.encode)
             text = found.text.to(device)
             if batch.text_noise is not None:
                 text = text + self.text_noise(batch, *text.shape[1:], device) * spread(text)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from defenses.seeding import derive, generator
 from train.conditioner import Condition
 from train.diffusion import autocast
-from train.latent import LatentModel, conditions_of, predict, repeated, time_ids, to_channels
+from train.latent import LatentModel, conditions_of, predict, repeated, time_ids, to_channels, trained_conditions
 from train.sampling import SamplerConfig
 
 
@@ -42,6 +42,7 @@ def sample(
     conditions: Condition | None = None,
     precision: str = "fp32",
     known: Callable[[Sequence[str]], Condition] | None = None,
+    as_trained: bool = False,
 ) -> torch.Tensor:
     """Images for prompts and sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
 
@@ -53,16 +54,17 @@ def sample(
         prompts: one per image.
         conditions: what to condition on in place of the prompts' own embeddings, one per image.
         known: see `conditions_of`.
+        as_trained: an empty prompt is the empty condition of training instead of the embedding of "" that a pipeline takes.
     """
     device = next(model.parameters()).device
     with autocast(device, precision):  # one block: within it the weights are converted once
-        return _sample(model, config, indices, shape, seed, prompts, conditions, known, device)
+        if conditions is None:
+            conditions = (trained_conditions if as_trained else conditions_of)(model, prompts, known)
+        return _sample(model, config, indices, shape, seed, prompts, conditions.to(device), device)
 
 
-def _sample(model, config, indices, shape, seed, prompts, conditions, known, device) -> torch.Tensor:
+def _sample(model, config, indices, shape, seed, prompts, condition, device) -> torch.Tensor:
     size = shape[1]
-    condition = conditions if conditions is not None else conditions_of(model, prompts, known)
-    condition = condition.to(device)
     scheduler = build_sampler(config, model.parts.scheduler.config)
     scheduler.set_timesteps(config.steps, device=device)
     own = latent_shape(model, size)
