@@ -59,12 +59,14 @@ class CaptionControl:
         attacked: the prompts of the attack itself, in their order.
         prompts: the held-out captions.
         reason: why there are none of these.
+        known: which unit each caption belongs to, as the captions are told.
     """
 
     attacked: list[str]
     prompts: list[str] = field(default_factory=list)
     reason: str | None = None
     images: Generations | None = None
+    known: dict[str, "Owner"] = field(default_factory=dict)
 
 
 def owners(dataset: Dataset) -> dict[str, Owner]:
@@ -109,7 +111,7 @@ def plan(config: SimpleNamespace, dataset: Dataset, attacked: list[str]) -> Capt
     elif not texts:
         reason = "every held-out caption is shared by several pictures or people"
     count = len(attacked) if settings.control_prompts is None else settings.control_prompts
-    return CaptionControl(attacked, [] if reason else texts[:count], reason)
+    return CaptionControl(attacked, [] if reason else texts[:count], reason, known=known)
 
 
 def settings_of(config: SimpleNamespace) -> SimpleNamespace:
@@ -138,10 +140,10 @@ def compare(
     """
     found = heldout_candidates(control, heldout, settings_of(config), accelerator)
     rule, device = nearest_rule(config.attack.extraction), accelerator.device if accelerator else "cpu"
-    known, sides = owners(dataset), {}
+    sides: dict[str, Any] = {}
     for split, texts, flagged in (("train", control.attacked, candidates), ("heldout", control.prompts, found)):
         image = {int(name): candidate for name, candidate in flagged.items()}
-        sides[split] = outcomes(split, texts, image, known, dataset, rule, device)
+        sides[split] = outcomes(split, texts, image, control.known, dataset, rule, device)
     _, ids = drawn_sides(training, heldout, config.run.seed)[1]
     images = np.stack(list(found.values())) if found else np.zeros((0, *heldout.images.shape[1:]), np.uint8)
     rows = heldout.subset(ids)

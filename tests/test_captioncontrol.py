@@ -49,7 +49,8 @@ def against(dataset: Dataset, training: dict, heldout: dict) -> dict:
     images = SimpleNamespace(streamed=SimpleNamespace(findings=found))
     given = {f"{place['train'][row]:05d}": image for row, image in training.items()}
     sides = pictures_of(dataset, "train"), pictures_of(dataset, "heldout")
-    return compare(CaptionControl(texts["train"], texts["heldout"], None, images), given, *sides, dataset, settings())
+    control = CaptionControl(texts["train"], texts["heldout"], None, images, owners(dataset))
+    return compare(control, given, *sides, dataset, settings())
 
 
 @pytest.mark.parametrize(("training", "heldout"), [("1110", "1000"), ("11110", "000"), ("00", "00111"), ("10", "0")])
