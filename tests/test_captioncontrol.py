@@ -231,7 +231,7 @@ def test_the_control_is_drawn_beside_the_attack(guarded, tmp_path, monkeypatch):
     folders = [
         sorted(path.name for path in (tmp_path / keep / "generations_control").iterdir()) for keep in ("all", "flagged")
     ]
-    assert len([name for name in folders[0] if name.isdigit()]) == 8 - guarded  # an empty prompt has markers alone
+    assert len([name for name in folders[0] if name.isdigit()]) == 8
     assert [name for name in folders[1] if name != "index.csv"] == ([] if guarded else ["00003"])
     if guarded:
         bare = [each["extraction_guard_off"]["control"]["captions"] for each in reports]
