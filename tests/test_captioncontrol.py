@@ -214,7 +214,7 @@ def test_the_control_is_drawn_beside_the_attack(guarded, tmp_path, monkeypatch):
         )  # fmt: skip
         output = RunDirectory(config.run)
         output.open(tree, "test")
-        defenses = [Guard(None)] if guarded else []
+        defenses = [Guard()] if guarded else []
         target = Target(output, captioned(), tmp_path, output.generations, defenses=defenses)
         stage.evaluate(target, config, Accelerator(cpu=True))
         reports.append(json.loads(output.report.read_text())["privacy"])
