@@ -184,6 +184,9 @@ class Guard(Defense):
 
     name = "guard"
 
+    def claim(self):
+        return {"kind": "heuristic", "statement": "Withholds some."}
+
     def wrap_sampler(self, sampler, context):
         def guarded(indices, prompts):
             images = sampler(indices, prompts).clone()
