@@ -54,9 +54,9 @@ def generate(
                 samples.reuse(source, bare.folder, source.prompts)
                 if bare.control and bare.control.images:
                     samples.reuse(source, bare.control.images.folder, bare.control.prompts)
-        asked = source
+        asked = source  # the control first: a defense reports of the last source that it guards
         if target.guarded and control is not None and control.prompts:
-            asked = guard(source, target, config, accelerator, CONTROL)  # first: defenses report of the last one they guard
+            asked = guard(source, target, config, accelerator, CONTROL)
         control = draw_control(asked, control, "", target, config, accelerator)
         if target.guarded:
             source = guard(source, target, config, accelerator)

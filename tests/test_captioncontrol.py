@@ -185,6 +185,9 @@ class Guard(Defense):
 
     name = "guard"
 
+    def claim(self):
+        return {"kind": "heuristic", "statement": "Withholds some."}
+
     def wrap_sampler(self, sampler, context):
         def guarded(indices, prompts):
             images = sampler(indices, prompts).clone()
@@ -215,7 +218,7 @@ def test_the_control_is_drawn_beside_the_attack(guarded, tmp_path, monkeypatch):
         )  # fmt: skip
         output = RunDirectory(config.run)
         output.open(tree, "test")
-        defenses = [Guard(None)] if guarded else []
+        defenses = [Guard()] if guarded else []
         target = Target(output, captioned(), tmp_path, output.generations, defenses=defenses)
         stage.evaluate(target, config, Accelerator(cpu=True))
         reports.append(json.loads(output.report.read_text())["privacy"])
@@ -232,7 +235,7 @@ def test_the_control_is_drawn_beside_the_attack(guarded, tmp_path, monkeypatch):
     folders = [
         sorted(path.name for path in (tmp_path / keep / "generations_control").iterdir()) for keep in ("all", "flagged")
     ]
-    assert len([name for name in folders[0] if name.isdigit()]) == 8 - guarded  # an empty prompt has markers alone
+    assert len([name for name in folders[0] if name.isdigit()]) == 8
     assert [name for name in folders[1] if name != "index.csv"] == ([] if guarded else ["00003"])
     if guarded:
         bare = [each["extraction_guard_off"]["control"]["captions"] for each in reports]
