@@ -415,3 +415,21 @@ def test_resume_is_exact_at_every_checkpoint(folders, tmp_path):
     for file in ("model", "ema", "optimizer"):
         first, second = (load_file(d.checkpoints / "step-7" / f"{file}.safetensors") for d in (whole, directory))
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_alike_and_is_saved_under_its_own_names(folders, tmp_path, monkeypatch):
+    """By the tracing part of the compiler: generating code for a CPU takes minutes."""
+
+    def traced(module):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    saved = []
+    for name in ("true", "false"):
+        options = ["train.steps=3", "train.preview_every=0", "train.heldout_every=0", f"train.compile={name}"]
+        _, directory, _ = run(tmp_path / name, folders["sd"], *options)
+        saved.append(load_file(directory.checkpoints / "step-3" / "model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    differences = torch.cat([(saved[0][name] - saved[1][name]).abs().flatten() for name in saved[0]])
+    assert differences.mean() < 1e-5
