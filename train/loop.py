@@ -126,10 +126,11 @@ class Trainer:
         noise = (random.uniform("example", *found["images"].shape[1:]) * 255).to(torch.uint8)
         noise[negated] = 255 - noise[negated]
         fields = {"images": noise, "labels": None if found["labels"] is None else found["labels"].new_zeros(count)}
-        if found.get("captions") is not None:
-            other = np.isin(np.arange(count), np.arange(count)[negated])
-            fields["captions"] = ["three" if each else "one two" for each in other]
-            fields["more_captions"] = [["four"] if each else [] for each in other]
+        other = np.isin(np.arange(count), np.arange(count)[negated])
+        for name, values in found.items():
+            if isinstance(values, list):  # texts of a record, one or several
+                one, several = isinstance(values[0], str), [["four"] if each else [] for each in other]
+                fields[name] = ["three" if each else "one two" for each in other] if one else several
         return self.change(fields, random, np.arange(count), drawn)
 
     def change(self, fields: dict[str, Any], random: RecordRandom, rows: np.ndarray, drawn: bool = True) -> Batch:
