@@ -84,7 +84,7 @@ def _refuse_private(config: ModelConfig, schedule: DDPMScheduler, defenses: list
 
 FAMILIES = {
     "pixel": Family(
-        build=lambda config, size, channels, classes, base: models.build(config, size, channels, classes),
+        build=lambda config, size, channels, classes, base=None: models.build(config, size, channels, classes),
         released=lambda model: model,
         check=lambda config, schedule, defenses, model: models.check_schedule(config, schedule),
         objective=lambda model, train, schedule, wants, encode: diffusion.objective(train.diffusion, schedule),
@@ -103,7 +103,7 @@ FAMILIES = {
         captioned=True,
     ),
     "gan": Family(
-        build=lambda config, size, channels, classes, base: gan.build(config, size, channels, classes),
+        build=lambda config, size, channels, classes, base=None: gan.build(config, size, channels, classes),
         released=lambda model: model.generator,
         check=_refuse_private,
         objective=lambda model, train, schedule, wants, encode: adversarial.objective(train.gan),
