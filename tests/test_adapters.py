@@ -20,7 +20,7 @@ from train import checkpoint
 from train.adapters import AdapterConfig, apply, merged, save
 from train.models import parameter_count, save_pipeline
 from train.optim import OptimizerConfig, build_optimizer
-from train.state import TrainState, released_model
+from train.state import TrainState, released_model, trained_parameters
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -184,14 +184,15 @@ def test_initial_weights_follow_the_global_generator_alone():
 def test_checkpoints_hold_adapters(tmp_path):
     model = adapted(rank=2, targets=["to_q", "conv1"])
     optimizer = train(model)
-    ema = [parameter.detach() + 1 for parameter in model.parameters()]
+    ema = [parameter.detach() + 1 for parameter in trained_parameters(model)]
     checkpoint.save(tmp_path / "step-3", model, optimizer, ema, {"step": 3})
-    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    expected = [parameter.detach().clone() for parameter in trained_parameters(model)]
+    assert load_file(tmp_path / "step-3" / "model.safetensors").keys() == trained_names(model)  # the base is not in it
     other = shaken(adapted(rank=2, targets=["to_q", "conv1"]))
     restored = train(other, 1)
     averaged, state = checkpoint.load(tmp_path / "step-3", other, restored)
     assert state == {"step": 3}
-    for ours, theirs, average in zip(other.parameters(), expected, averaged, strict=True):
+    for ours, theirs, average in zip(trained_parameters(other), expected, averaged, strict=True):
         assert torch.equal(ours, theirs) and torch.equal(average, theirs + 1)
     moments = [
         [values.state[p]["exp_avg"] for p in values.param_groups[0]["params"]] for values in (optimizer, restored)
@@ -201,7 +202,7 @@ def test_checkpoints_hold_adapters(tmp_path):
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     model = adapted(rank=2)
-    checkpoint.save(tmp_path / "step-3", model, train(model, 1), list(model.parameters()), {})
+    checkpoint.save(tmp_path / "step-3", model, train(model, 1), trained_parameters(model), {})
     other = adapted(rank=3)
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoint.load(tmp_path / "step-3", other, train(other, 1))
@@ -209,7 +210,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
 
 def state_with_averages(model: nn.Module) -> TrainState:
     """Trained weights, and averages that differ from them."""
-    state = TrainState(model=model, optimizer=train(model), ema=EMAModel(model.parameters(), decay=0.5))
+    state = TrainState(model=model, optimizer=train(model), ema=EMAModel(trained_parameters(model), decay=0.5))
     for average in state.ema.shadow_params:
         average.mul_(1.25)
     return state
@@ -219,7 +220,7 @@ def test_the_saved_pipeline_has_the_averaged_weights(tmp_path):
     state = state_with_averages(adapted(rank=2, targets=["to_q", "conv1"], trainable=["*norm*"]))
     save_pipeline(tmp_path, released_model(state), DDPMScheduler())
     loaded = DiffusionPipeline.from_pretrained(tmp_path).unet
-    state.ema.copy_to(state.model.parameters())
+    state.ema.copy_to(trained_parameters(state.model))
     torch.testing.assert_close(call(loaded), call(state.model.eval()), atol=1e-5, rtol=1e-5)
 
 
@@ -239,10 +240,10 @@ def test_averages_of_an_earlier_checkpoint_can_be_released(tmp_path):
     """Their names are those of the adapted model: merging must come after they are read, as release.release does."""
     state = state_with_averages(adapted(rank=2))
     checkpoint.save(tmp_path / "step-3", state.model, state.optimizer, state.ema.shadow_params, {})
-    state.ema.copy_to(state.model.parameters())
+    state.ema.copy_to(trained_parameters(state.model))
     expected = call(state.model.eval())
     train(state.model)
-    state.ema.shadow_params = [parameter.detach().clone() for parameter in state.model.parameters()]
+    state.ema.shadow_params = [parameter.detach().clone() for parameter in trained_parameters(state.model)]
     model = released_model(state)
     model.load_state_dict(load_file(tmp_path / "step-3" / "ema.safetensors"), strict=False)
     save_pipeline(tmp_path / "model", model, DDPMScheduler())

@@ -517,7 +517,10 @@ def test_only_trained_tensors_change(tmp_path):
     directory, facts = finish(tmp_path, *overrides)
     trained = {name for name in initial if "norm" in name} | {"conv_out.bias"}
     for part in ("model", "ema"):
-        assert changed(initial, load_file(directory.checkpoints / "step-7" / f"{part}.safetensors")) == trained
+        saved = load_file(directory.checkpoints / "step-7" / f"{part}.safetensors")
+        assert saved.keys() == trained  # what is frozen is not in a checkpoint
+        assert changed({name: initial[name] for name in trained}, saved) == trained
+    assert changed(initial, load_file(directory.model / "unet" / "diffusion_pytorch_model.safetensors")) == trained
     assert facts["trainable_parameters"] == sum(initial[name].numel() for name in trained)
 
 

@@ -633,7 +633,7 @@ def test_nothing_secret_is_on_disk_after_a_private_run(tmp_path, monkeypatch, un
     assert state["loss_sum"] == 0 and state["loss_count"] == 0
     assert state.keys() == {
         *("step", "images_seen", "seconds", "stopped_by", "release_step", "loss_sum", "loss_count", "ema_steps"),
-        *("defenses", "optimizer"),
+        *("defenses", "optimizer", "frozen"),
     }
     assert state["defenses"] == {"dpsgd": {"released": 3}}
     parts = {name.split(".", 1)[1] for name in load_file(folder / "optimizer.safetensors")}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from defenses.base import Defense
 from defenses.errors import UserError
 from tests.small import opened
 from tests.smalldp import refused
@@ -192,9 +193,14 @@ def test_training_sees_them_and_nothing_else_does(tmp_path):
     assert class_frequency(dataset, names).sum() == 24 and len(labels_of(dataset, planted, names)) == len(planted)
     seen = []
 
-    class Witness:
+    class Witness(Defense):
+        name = "witness"
+
         def begin(self, context):
             seen.append(context)
+
+        def claim(self):
+            return {}
 
     begin(config, dataset, directory, accelerator, [Witness()])
     assert np.array_equal(seen[0].pool.rows, ordinary) and np.array_equal(seen[0].planted, planted)

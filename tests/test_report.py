@@ -162,14 +162,14 @@ def test_flagged_prompts_with_their_pictures(restricted, tmp_path):
     render(run.folder, run.report, images=run.image, restricted=restricted, config=config)
     page = Page(run.folder / "report.html")
     table = page.visible[page.visible.index("Flagged prompts", page.visible.index("The candidate of a prompt") - 99) :]
-    assert table.index("0.02") < table.index("0.04") < table.index("0.05")  # the tightest first
+    assert table.index("0.020") < table.index("0.040") < table.index("0.050")  # the tightest first
     assert "48 of 4" in page.visible and "were kept" in page.visible
     if restricted:
-        assert "prompt 1 16 13 0.02 – 12 0.07 true" in table and not page.pictures()
+        assert "prompt 1 16 13 0.020 – 12 0.070 true" in table and not page.pictures()
         assert not any(text in page.source for text in ("rec003", "a heart", "000011", "two lungs"))
         return
     assert (
-        "00000 a heart, large 16 13 0.02 rec003 12 0.07 true 00001 two lungs 16 7 0.04 rec021 1 0.31 false 00003 16 4"
+        "00000 a heart, large 16 13 0.020 rec003 12 0.070 true 00001 two lungs 16 7 0.040 rec021 1 0.310 false 00003 16 4"
         in table
     )
     shown = [np.flatnonzero(shows(page, pictures)).tolist() for pictures in (run.training, run.generations)]
