@@ -1,12 +1,17 @@
 """The ordinary gradient against autograd on the whole batch."""
 
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from defenses.base import Batch
+from defenses.errors import UserError
 from defenses.seeding import RecordRandom
+from train import checkpoint
 from train.optim import MeanGradient, OptimizerConfig, build_optimizer, build_schedule
 
 
@@ -43,3 +48,40 @@ def test_learning_rates():
         schedule.step()
     assert rates[5] == pytest.approx(0.25) and rates[10] == pytest.approx(0.5)
     assert rates[60] == pytest.approx(0.25, rel=1e-6) and rates[109] < 1e-3
+
+
+def test_eight_bit_moments_train_as_full_ones_and_resume_exactly(tmp_path):
+    """bitsandbytes keeps the moments of large tensors in blocks of 8 bits, in a dictionary within the state."""
+    start = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
+
+    def made(eight_bit):
+        model = nn.Linear(64, 128, bias=False)
+        model.weight.data.copy_(start)
+        return model, build_optimizer(OptimizerConfig(eight_bit=eight_bit), list(model.parameters()), 1e-2)
+
+    def step(model, optimizer, number):
+        inputs = torch.randn(32, 64, generator=torch.Generator().manual_seed(number))
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (model, optimizer), (full, plain) = made(True), made(False)
+    for number in range(5):
+        step(model, optimizer, number)
+        step(full, plain, number)
+    moved = full.weight - start
+    assert (model.weight - full.weight).norm() < 0.05 * moved.norm()
+    checkpoint.save(tmp_path / "step-5", model, optimizer, [model.weight.detach()], {})
+    assert any(tensor.dtype == torch.uint8 for tensor in load_file(tmp_path / "step-5/optimizer.safetensors").values())
+    again, restored = made(True)
+    checkpoint.load(tmp_path / "step-5", again, restored)
+    for pair in ((model, optimizer), (again, restored)):
+        step(*pair, 5)
+    assert torch.equal(model.weight, again.weight)
+
+
+def test_eight_bit_without_the_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"^train\.optimizer\.eight_bit: needs bitsandbytes[^\n]*$"):
+        build_optimizer(OptimizerConfig(eight_bit=True), [nn.Parameter(torch.ones(3))], 1e-3)

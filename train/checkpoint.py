@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,10 +111,10 @@ def prune(checkpoints: Path, keep: int | None, chosen: int | None = None) -> Non
 
 
 def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """Splits an optimizer's state into named tensors and JSON values."""
+    """Splits an optimizer's state into named tensors and JSON values; names of nested values are joined by "/"."""
     tensors, scalars = {}, {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for key, value in _leaves(values):
             if torch.is_tensor(value):
                 tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
             else:
@@ -120,9 +122,22 @@ def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """8-bit optimizers keep a dictionary within the state of a parameter."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
 def _unflatten(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
     state: dict[int, dict] = {}
     for name, value in {**tensors, **rest["scalars"]}.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        *above, last = key.split("/")
+        place = state.setdefault(int(index), {})
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
     return {"state": state, "param_groups": rest["param_groups"]}
