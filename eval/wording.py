@@ -148,7 +148,7 @@ def control_sentences(control: dict[str, Any] | None) -> list[str]:
 
 def captions_sentence(captions: dict[str, Any]) -> str:
     """The control of a prompted attack: captions that the model never saw, against their own pictures."""
-    training, units = captions["training"], "people" if captions["unit"] == "group" else "pictures"
+    training, units = captions["training"], "groups" if captions["unit"] == "group" else "pictures"
     text = (
         f"Control of the captions: of {training['tested']:,} training {units} with a caption of their own, {training['own']:,} came "
         f"back by it; of {captions['tested']:,} held-out {units}, which the model never saw, {captions['own']:,}"
