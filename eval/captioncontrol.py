@@ -31,7 +31,7 @@ from defenses.neighbours import search_sharded, views
 from eval.control import Rule, drawn_sides
 from eval.generations import Generations
 from eval.pictures import Pictures
-from eval.prompted import candidates_of, examine, nearest_rule
+from eval.prompted import candidates_of, clique_size, examine, nearest_rule
 from train.data import Dataset
 
 TEST = "Fisher's exact test of whole units, one-sided"
@@ -173,13 +173,16 @@ def compare(
 def heldout_candidates(
     control: CaptionControl, heldout: Pictures, config: SimpleNamespace, accelerator: Any = None
 ) -> dict[str, np.ndarray]:
-    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already."""
+    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already. Where a defense
+    left too few images of every prompt for a clique, there are none."""
     images = control.images
     if images.streamed is not None:
         return candidates_of(images.streamed.findings)
     read = partial(images.read, image_size=config.data.image_size, channels=config.data.channels)
-    groups = [(name, files, partial(read, files)) for name, files in images.groups]
-    return candidates_of(examine(groups, heldout, config.attack.extraction, accelerator)[0])
+    extraction = config.attack.extraction
+    enough = [(name, files) for name, files in images.groups if len(files) >= clique_size(extraction, len(files))]
+    groups = [(name, files, partial(read, files)) for name, files in enough]
+    return candidates_of(examine(groups, heldout, extraction, accelerator)[0])
 
 
 def outcomes(

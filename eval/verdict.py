@@ -8,7 +8,7 @@ from eval.wording import captions_lacking, control_sentences, distinct_pictures,
 EVIDENCE_P = 0.05  # largest p-value of the control at which hits are told from chance
 CHANCE_ALONE = (
     "The hits are beyond chance; whether they are beyond what the captions tell is not known: captions of pictures that the model never "
-    "saw were not tried."
+    "saw gave no p-value, because {reason}."
 )
 STRONGER = "That is a statement about this attack and its size: a stronger attack can find more."
 
@@ -60,8 +60,9 @@ def _extraction(report: dict[str, Any], privacy: dict[str, Any]) -> tuple[str | 
         sentences.append(STRONGER)
     elif p_value is not None and p_value <= EVIDENCE_P:
         level, title = _beyond_chance(control)
-        if level == "leak" and captions_lacking(extraction):
-            sentences.append(CHANCE_ALONE)
+        lacking = captions_lacking(extraction)
+        if level == "leak" and lacking:
+            sentences.append(CHANCE_ALONE.format(reason=lacking))
     elif p_value is None:
         level = "unclear"
         title = "Hits, without a p-value: the held-out pictures are not drawn like the training pictures"

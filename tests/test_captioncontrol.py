@@ -13,8 +13,18 @@ from accelerate import Accelerator
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval import stage
-from eval.captioncontrol import CaptionControl, compare, distances, exact_p_value, outcomes, owners, plan
+from eval.captioncontrol import (
+    CaptionControl,
+    compare,
+    distances,
+    exact_p_value,
+    heldout_candidates,
+    outcomes,
+    owners,
+    plan,
+)
 from eval.control import Rule, control
+from eval.generations import Generations, file_of, write
 from eval.prompted import PromptFinding
 from eval.target import Target, pictures_of
 from eval.verdict import verdict
@@ -268,3 +278,17 @@ def test_a_leak_must_be_beyond_the_caption_too(p_value, beyond, level, words):
     text = " ".join(found["sentences"])
     assert "of 8 training pictures with a caption of their own, 6 came" in text
     assert ("is not known: captions" in text) == (beyond is None)
+    assert ("never saw gave no p-value, because so." in text) == (beyond is None)
+
+
+def test_prompts_of_which_a_guard_left_too_little_for_a_clique_are_no_candidates(tmp_path):
+    """A clique of 4 cannot exist among 3 images; the attack itself is not refused for that."""
+    dataset, config = captioned(), settings()
+    for place, count in enumerate((3, 2)):
+        for index in range(count):
+            write(file_of(tmp_path, place, index), dataset.images[20])
+    groups = [(f"{place:05d}", [f"{place:05d}/{index:06d}.png" for index in range(n)]) for place, n in ((0, 3), (1, 2))]
+    control = CaptionControl(["copy 0"], ["fresh 20", "fresh 21"], None, Generations(tmp_path, groups, {}))
+    shape = SimpleNamespace(image_size=dataset.images.shape[-1], channels=dataset.images.shape[1])
+    told = SimpleNamespace(attack=config.attack, data=shape)
+    assert heldout_candidates(control, pictures_of(dataset, "heldout"), told) == {}
