@@ -65,6 +65,12 @@ class GenerateConfig(SamplerConfig):
                 "null takes all",
             )
 
+    def planned(self, captions: int, heldout: int = 0) -> tuple[int, int]:
+        """Prompts that will be attacked, and the most held-out captions that will be their control; see `outlook`."""
+        prompts = min(captions, self.max_prompts)
+        control = min(heldout, prompts if self.control_prompts is None else self.control_prompts)
+        return prompts, 0 if self.prompts is not None or self.order == "prefilter" else control
+
     def outlook(self, captions: int, heldout: int = 0) -> str:
         """Line of the dry run of a text-to-image model: what the prompted attack will draw.
 
@@ -72,9 +78,7 @@ class GenerateConfig(SamplerConfig):
             captions: distinct prompts that there are (captions, or lines of ``prompts``).
             heldout: distinct captions of held-out pictures.
         """
-        prompts = min(captions, self.max_prompts)
-        control = min(heldout, prompts if self.control_prompts is None else self.control_prompts)
-        control = 0 if self.prompts is not None or self.order == "prefilter" else control
+        prompts, control = self.planned(captions, heldout)
         each = max(1, self.batch_size // self.per_prompt)  # prompts in a pass
         passes, again = (-(-count // each) * -(-self.per_prompt // self.batch_size) for count in (prompts, control))
         text = (

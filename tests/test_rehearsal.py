@@ -16,7 +16,7 @@ from eval.config import check
 from tests.pipelines import change, stable_diffusion
 from tests.small import opened, small_config
 from tests.test_latent import SD
-from train import cache, scratch, textstage
+from train import cache, dryrun, scratch, textstage
 from train.cli import is_disk_full
 from train.runlog import RunDirectory
 from train.stage import build_trainer, train_model
@@ -45,6 +45,20 @@ def test_a_rehearsal_encodes_what_it_looks_at_alone_and_knows_the_room_for_the_r
     files = list(folder.iterdir())
     header = 128  # bytes of a .npy file
     assert len(files) == 2 and foretold == sum(file.stat().st_size - header for file in files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "images"), [(["control_prompts=0"], 16), (["control_prompts=1"], 24), (["keep=flagged", "count=5"], 5)]
+)
+def test_a_dry_run_knows_the_room_for_the_images_of_all_prompts(changes, images, base, tmp_path, monkeypatch):
+    chosen = [f"generate.{each}" for each in ("max_prompts=2", "per_prompt=8", *changes)]
+    config, dataset, directory, defenses, accelerator = opened(
+        tmp_path, *SD, f"model.pretrained={base}", "data.phantom.heldout=8", *chosen
+    )
+    trainer, told = build_trainer(config, dataset, directory, accelerator, defenses, [], rehearsal=True), []
+    monkeypatch.setattr(dryrun, "disk_bytes", lambda *arguments: told.append(arguments[-1]) or 0)
+    dryrun.describe_training(lambda *lines: None, config, trainer, dataset, 0, accelerator)
+    assert told == [images]
 
 
 def test_a_full_disk_is_met_before_a_cache_is_mapped(tmp_path, monkeypatch):

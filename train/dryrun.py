@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from defenses import registry
+from defenses.base import Defense
 from defenses.ranks import on_main
 from train import families, textstage
 from train.data import Dataset, prepare
@@ -80,6 +81,7 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
+    written = config.generate.count  # images that evaluation leaves
     if families.of(config.model).captioned:
         known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
         if config.generate.prompts is not None:
@@ -87,6 +89,8 @@ def describe_training(
             known = {line.strip() for line in lines} - {""}
         heldout = {dataset.records[row].caption for row in dataset.rows("heldout")} - {None, ""}
         say(config.generate.outlook(len(known), len(heldout)))
+        if config.generate.keep == "all":
+            written = sum(config.generate.planned(len(known), len(heldout))) * config.generate.per_prompt
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
@@ -114,16 +118,18 @@ def describe_training(
     memory = 4 * (parameters + 5 * trainable) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
     cached = textstage.cache_bytes(config, dataset, trainer.defenses, model)
-    disk = disk_bytes(config, dataset, model) + cached
+    if any(type(defense).wrap_sampler is not Defense.wrap_sampler for defense in trainer.defenses):
+        written *= 2  # those of the bare model too
+    disk = disk_bytes(config, dataset, model, written) + cached
     where = Path(config.run.output_dir) / config.run.name
     say(f"disk about {gib(disk)} in {where}" + (f", of which caches {gib(cached)}" if cached else ""))
 
 
-def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module) -> int:
-    """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, generations."""
+def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module, images: int) -> int:
+    """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, ``images`` generations."""
     parameters, trained = parameter_count(model), parameter_count(model, trainable=True)
     kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
-    pictures = config.generate.count * dataset.images[0].size
+    pictures = images * dataset.images[0].size
     return dataset.images.nbytes + kept * 16 * trained + 4 * parameters + pictures
 
 
