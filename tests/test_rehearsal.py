@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from defenses import canaries
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval.config import check
@@ -167,6 +168,20 @@ def test_a_refused_command_can_be_corrected_under_the_same_name(base, tmp_path):
         opened(tmp_path, *short, "train.steps=2")
     assert caught.value.key == "train.steps"
     assert OmegaConf.load(arguments[2].path / "config.yaml").train.steps == 1
+
+
+def test_canaries_of_a_refused_command_are_not_those_of_its_correction(tmp_path):
+    """Their coins left no record out: an audit of the corrected run would report on them."""
+    refused = ["defenses.dpsgd.epsilon=8", "defenses.dpsgd.unit=record", "defenses.dpsgd.canaries=4"]
+    config, dataset, directory, defenses, accelerator = opened(tmp_path, *refused, "defenses.dpsgd.delta=0.5")
+    with pytest.raises(UserError) as caught:
+        build_trainer(config, dataset, directory, accelerator, defenses, [])
+    table = directory.path / canaries.FILE
+    assert caught.value.key == "defenses.dpsgd.delta" and table.exists()
+    opened(tmp_path, *refused, "defenses.dpsgd.delta=0.5")  # the same again
+    assert table.exists()
+    opened(tmp_path)
+    assert not table.exists()
 
 
 @pytest.mark.parametrize(

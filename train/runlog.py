@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -47,7 +48,7 @@ BEFORE_THE_REPORT = tuple(
     for name in ("membership", "inpainting", "finetuning", "canaries", "copy_metrics", "prefilter", "risk")
 )
 # What there is before training has left anything: while it is all, any setting may change. What was prepared is checked by its own
-# digest (`train/data.py`), canaries by their table (`defenses/canaries.py`).
+# digest (`train/data.py`); the table of canaries (`defenses/canaries.py`) goes with the settings that it was drawn for.
 PREPARATION = ("config.yaml", "environment.json", "progress.json", "manifest.csv", "prepared", "audit", ".lock")
 NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
 LIBRARIES = (
@@ -146,6 +147,10 @@ class RunDirectory:
             late = () if self.report.exists() else BEFORE_THE_REPORT
             refused = {key: pair for key, pair in changed.items() if key not in free and not key.startswith(late)}
             _refuse_changes(refused, self.path)
+        if (
+            self.main and changed and not begun
+        ):  # coins that were tossed for other settings: no record was left out by them
+            shutil.rmtree(self.path / "audit", ignore_errors=True)
         if self.main and (not stored.exists() or changed):
             with atomic(stored) as file:
                 file.write(OmegaConf.to_yaml(config))  # unresolved: an ${oc.env:TOKEN} stays a name
