@@ -51,7 +51,9 @@ def test_learning_rates():
 
 
 def test_eight_bit_moments_train_as_full_ones_and_resume_exactly(tmp_path):
-    """bitsandbytes keeps the moments of large tensors in blocks of 8 bits, in a dictionary within the state."""
+    """bitsandbytes keeps the moments of large tensors in blocks of 8 bits, in a dictionary within the state. Not among the test
+    extras: where it is installed, every start of a process takes a second longer."""
+    pytest.importorskip("bitsandbytes")
     start = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
 
     def made(eight_bit):
@@ -85,3 +87,24 @@ def test_eight_bit_without_the_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r"^train\.optimizer\.eight_bit: needs bitsandbytes[^\n]*$"):
         build_optimizer(OptimizerConfig(eight_bit=True), [nn.Parameter(torch.ones(3))], 1e-3)
+
+
+def test_dictionaries_within_an_optimizers_state_are_saved_and_restored(tmp_path):
+    """As 8-bit optimizers have them."""
+
+    class Nested(torch.optim.SGD):
+        def state_dict(self):
+            inner = {"levels": torch.arange(4, dtype=torch.uint8), "deep": {"scale": torch.tensor([0.5]), "block": 256}}
+            return {**super().state_dict(), "state": {0: {"step": 3, "quantised": inner}}}
+
+        def load_state_dict(self, state):
+            self.restored = state["state"]
+
+    model = nn.Linear(2, 2, bias=False)
+    checkpoint.save(tmp_path / "step-3", model, Nested(model.parameters(), lr=0.1), [model.weight.detach()], {})
+    other = Nested(model.parameters(), lr=0.1)
+    checkpoint.load(tmp_path / "step-3", model, other)
+    found = other.restored[0]
+    assert found["step"] == 3 and found["quantised"]["deep"]["block"] == 256
+    assert torch.equal(found["quantised"]["levels"], torch.arange(4, dtype=torch.uint8))
+    assert found["quantised"]["deep"]["scale"].item() == 0.5
