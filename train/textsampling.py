@@ -1,6 +1,6 @@
 """Images of a text-to-image model: every one a function of (seed, prompt, sample index), whatever else is in its batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -41,7 +41,6 @@ def sample(
     prompts: Sequence[str],
     conditions: Condition | None = None,
     precision: str = "fp32",
-    known: Callable[[Sequence[str]], Condition] | None = None,
     as_trained: bool = False,
 ) -> torch.Tensor:
     """Images for prompts and sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
@@ -53,13 +52,12 @@ def sample(
         shape: (C, H, W) of one image; H = W.
         prompts: one per image.
         conditions: what to condition on in place of the prompts' own embeddings, one per image.
-        known: see `conditions_of`.
         as_trained: an empty prompt is the empty condition of training instead of the embedding of "" that a pipeline takes.
     """
     device = next(model.parameters()).device
     with autocast(device, precision):  # one block: within it the weights are converted once
         if conditions is None:
-            conditions = (trained_conditions if as_trained else conditions_of)(model, prompts, known)
+            conditions = (trained_conditions if as_trained else conditions_of)(model, prompts)
         return _sample(model, config, indices, shape, seed, prompts, conditions.to(device), device)
 
 
