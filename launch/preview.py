@@ -100,7 +100,7 @@ def measure(job: Job, accelerator: Accelerator) -> Cost:
             class_names(dataset, config.data.label_key),
             rehearsal=True,
         )
-        disk = disk_bytes(config, dataset, trainer.state.model)
+        disk = disk_bytes(config, dataset, defenses, trainer.state.model)
         disk += textstage.cache_bytes(config, dataset, defenses, trainer.state.model)
         return Cost(step_seconds(trainer), forward_seconds(trainer, config), disk)
     finally:

@@ -136,7 +136,7 @@ def test_ten_kills_change_nothing(tmp_path):
     while kills < 10:
         process = start(file, tmp_path / "killed")
         try:
-            process.wait(chance.uniform(0.1, 0.5) * length)
+            process.communicate(timeout=chance.uniform(0.1, 0.5) * length)
             break  # done before it could be killed
         except subprocess.TimeoutExpired:
             process.kill()

@@ -56,10 +56,12 @@ def test_a_dry_run_knows_the_room_for_the_images_of_all_prompts(changes, images,
     config, dataset, directory, defenses, accelerator = opened(
         tmp_path, *SD, f"model.pretrained={base}", "data.phantom.heldout=8", *chosen
     )
-    trainer, told = build_trainer(config, dataset, directory, accelerator, defenses, [], rehearsal=True), []
-    monkeypatch.setattr(dryrun, "disk_bytes", lambda *arguments: told.append(arguments[-1]) or 0)
-    dryrun.describe_training(lambda *lines: None, config, trainer, dataset, 0, accelerator)
-    assert told == [images]
+    trainer = build_trainer(config, dataset, directory, accelerator, defenses, [], rehearsal=True)
+    assert dryrun.images_written(config, dataset, trainer.defenses) == images
+    room = dryrun.disk_bytes(config, dataset, trainer.defenses, trainer.state.model)
+    monkeypatch.setattr(dryrun, "images_written", lambda *arguments: 0)
+    rest = dryrun.disk_bytes(config, dataset, trainer.defenses, trainer.state.model)
+    assert room - rest == images * dataset.images[0].size
 
 
 def test_a_full_disk_is_met_before_a_cache_is_mapped(tmp_path, monkeypatch):

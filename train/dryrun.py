@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,16 +81,8 @@ def describe_training(
     model = trainer.state.model
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
-    written = config.generate.count  # images that evaluation leaves
     if families.of(config.model).captioned:
-        known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
-        if config.generate.prompts is not None:
-            lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-            known = {line.strip() for line in lines} - {""}
-        heldout = {dataset.records[row].caption for row in dataset.rows("heldout")} - {None, ""}
-        say(config.generate.outlook(len(known), len(heldout)))
-        if config.generate.keep == "all":
-            written = sum(config.generate.planned(len(known), len(heldout))) * config.generate.per_prompt
+        say(config.generate.outlook(*prompt_counts(config, dataset)))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
@@ -118,18 +110,35 @@ def describe_training(
     memory = 4 * (parameters + 5 * trainable) + saved + trainer.rule.memory(trainable)
     say(f"memory about {gib(memory)} per process (activations {gib(saved)}), beside the libraries")
     cached = textstage.cache_bytes(config, dataset, trainer.defenses, model)
-    if any(type(defense).wrap_sampler is not Defense.wrap_sampler for defense in trainer.defenses):
-        written *= 2  # those of the bare model too
-    disk = disk_bytes(config, dataset, model, written) + cached
+    disk = disk_bytes(config, dataset, trainer.defenses, model) + cached
     where = Path(config.run.output_dir) / config.run.name
     say(f"disk about {gib(disk)} in {where}" + (f", of which caches {gib(cached)}" if cached else ""))
 
 
-def disk_bytes(config: SimpleNamespace, dataset: Dataset, model: nn.Module, images: int) -> int:
-    """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, ``images`` generations."""
+def prompt_counts(config: SimpleNamespace, dataset: Dataset) -> tuple[int, int]:
+    """Different prompts that the attack may ask, and captions of held-out pictures for its control."""
+    known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
+    if config.generate.prompts is not None:
+        lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+        known = {line.strip() for line in lines} - {""}
+    heldout = {dataset.records[row].caption for row in dataset.rows("heldout")} - {None, ""}
+    return len(known), len(heldout)
+
+
+def images_written(config: SimpleNamespace, dataset: Dataset, defenses: Sequence[Defense]) -> int:
+    """Generations that an evaluation leaves on disk."""
+    written = config.generate.count
+    if families.of(config.model).captioned and config.generate.keep == "all":
+        written = sum(config.generate.planned(*prompt_counts(config, dataset))) * config.generate.per_prompt
+    wrapped = any(type(defense).wrap_sampler is not Defense.wrap_sampler for defense in defenses)
+    return written * 2 if wrapped else written  # those of the bare model too
+
+
+def disk_bytes(config: SimpleNamespace, dataset: Dataset, defenses: Sequence[Defense], model: nn.Module) -> int:
+    """What a run will leave: decoded pictures, checkpoints (weights, average, two moments), the model, generations."""
     parameters, trained = parameter_count(model), parameter_count(model, trainable=True)
     kept = config.train.keep_checkpoints or max(1, config.train.steps // max(config.train.checkpoint_every, 1))
-    pictures = images * dataset.images[0].size
+    pictures = images_written(config, dataset, defenses) * dataset.images[0].size
     return dataset.images.nbytes + kept * 16 * trained + 4 * parameters + pictures
 
 
