@@ -28,7 +28,9 @@ from defenses.errors import UserError
 from defenses.ranks import on_main, together
 from defenses.seeding import RecordRandom
 from train import checkpoint
+from train.attention import training_attention
 from train.diffusion import autocast
+from train.optim import OptimizerConfig, build_optimizer
 from train.plan import EpochPlan, repeats
 
 BATCH = 64  # pictures of a forward pass without gradients
@@ -91,7 +93,7 @@ class AutoencoderTraining:
         ranks = accelerator.num_processes
         if self.config.autoencoder_batch_size < ranks:
             raise UserError("model.scratch.autoencoder_batch_size", f"is less than {ranks} processes", "raise it")
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=self.config.autoencoder_learning_rate, weight_decay=0.0)
+        optimizer = build_optimizer(OptimizerConfig(), list(vae.parameters()), self.config.autoencoder_learning_rate)
         state = self._resume(vae, optimizer)
         plan = EpochPlan(self.rows, self.config.autoencoder_batch_size, self.seed)
         vae.train()
@@ -120,7 +122,7 @@ class AutoencoderTraining:
         own = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         random = RecordRandom(self.seed, step, rows[own], repeats(rows)[own])
         pictures = scaled(self.images[rows[own]]).to(self.accelerator.device)
-        with autocast(pictures.device, self.precision):
+        with autocast(pictures.device, self.precision), training_attention(pictures.device, self.precision):
             error, divergence = self._losses(vae, pictures, random)
         loss = (error + self.config.kl_weight * divergence).sum() / len(rows)
         optimizer.zero_grad(set_to_none=True)

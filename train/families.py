@@ -60,6 +60,11 @@ def _sample_latent(model, schedule, sampler, indices, shape, *, labels=None, **o
     return textsampling.sample(model, sampler, indices, shape, as_trained=True, **options)
 
 
+def _mean_gradient(train: TrainConfig) -> MeanGradient:
+    clip = train.optimizer.max_grad_norm
+    return MeanGradient(train.batch_size, clip, train.precision, train.gradient_checkpointing)
+
+
 def _latent_objective(model, train: TrainConfig, schedule: DDPMScheduler, wants, encode) -> Objective:
     return textobjective.objective(
         model,
@@ -88,7 +93,7 @@ FAMILIES = {
         released=lambda model: model,
         check=lambda config, schedule, defenses, model: models.check_schedule(config, schedule),
         objective=lambda model, train, schedule, wants, encode: diffusion.objective(train.diffusion, schedule),
-        rule=lambda train: MeanGradient(train.batch_size, train.optimizer.max_grad_norm, train.precision),
+        rule=_mean_gradient,
         sample=_sample_pixel,
         save=models.save_pipeline,
     ),
@@ -97,7 +102,7 @@ FAMILIES = {
         released=lambda model: model,
         check=lambda config, schedule, defenses, model: latent.check_schedule(config, schedule, model.parts),
         objective=_latent_objective,
-        rule=lambda train: MeanGradient(train.batch_size, train.optimizer.max_grad_norm, train.precision),
+        rule=_mean_gradient,
         sample=_sample_latent,
         save=latent.save,
         captioned=True,

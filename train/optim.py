@@ -10,6 +10,7 @@ from torch import nn
 
 from defenses.base import Batch, LossFunction, Microbatches
 from defenses.errors import UserError
+from train.attention import plain_attention, training_attention
 from train.diffusion import autocast
 
 
@@ -45,7 +46,7 @@ def build_optimizer(
     betas = (config.beta1, config.beta2)
     if config.eight_bit:
         return _eight_bit(parameters, lr=learning_rate, betas=betas, weight_decay=config.weight_decay)
-    fused = parameters[0].device.type == "cuda"
+    fused = parameters[0].device.type in ("cuda", "cpu")  # one pass over all numbers
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=config.weight_decay, fused=fused)
 
 
@@ -80,12 +81,20 @@ class MeanGradient:
         batch_size: records of a global batch, a constant.
         max_grad_norm: clips that mean to this l2 norm; "auto": to 1; None: never.
         precision: "bf16" or "fp32" arithmetic of the forward pass.
+        recomputes: whether activations are computed again on the way back (gradient checkpointing).
     """
 
     prepares_model = True
 
-    def __init__(self, batch_size: int, max_grad_norm: float | str | None = None, precision: str = "fp32"):
+    def __init__(
+        self,
+        batch_size: int,
+        max_grad_norm: float | str | None = None,
+        precision: str = "fp32",
+        recomputes: bool = False,
+    ):
         self.batch_size, self.precision = batch_size, precision
+        self.attention = plain_attention if recomputes else training_attention
         self.max_grad_norm = 1.0 if max_grad_norm == "auto" else max_grad_norm
 
     def check(self, model: nn.Module, loss: LossFunction, example: Batch) -> None:
@@ -105,7 +114,8 @@ class MeanGradient:
         for position, microbatch in enumerate(microbatches):
             last = position == len(microbatches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with autocast(microbatch.images.device, self.precision):
+                device = microbatch.images.device
+                with autocast(device, self.precision), self.attention(device, self.precision):
                     examples = loss(model, microbatch)  # [b]
                 (examples.sum() * scale).backward()
             losses.append(examples.detach())
