@@ -219,8 +219,10 @@ def generation(args: argparse.Namespace, folder: Path, side: int, captions: list
     )
     pipeline.set_progress_bar_config(disable=True)
     settings = SamplerConfig(steps=args.sampling_steps, batch_size=args.images, guidance_scale=GUIDANCE)
-    sampler = TextSampler(load_model(folder, device, precision), settings, precision, 0, side, 3)
-    for prompts in (1, 4):
+    model = load_model(folder, device, precision)
+    plain = TextSampler(model, settings, precision, 0, side, 3)
+    compiled = TextSampler(model, settings, precision, 0, side, 3, compiles=True)  # generate.compile
+    for prompts, kind in ((1, plain), (4, plain), (1, compiled), (4, compiled)):
         each = args.images // prompts
 
         def theirs(prompts: int = prompts, each: int = each) -> None:
@@ -232,11 +234,11 @@ def generation(args: argparse.Namespace, folder: Path, side: int, captions: list
                         num_inference_steps=args.sampling_steps, output_type="np",
                     ).images)  # fmt: skip
 
-        def ours(prompts: int = prompts, each: int = each) -> None:
+        def ours(prompts: int = prompts, each: int = each, sampler: TextSampler = kind) -> None:
             sampler(list(range(each)) * prompts, [prompt for prompt in captions[:prompts] for _ in range(each)])
 
         compare(
-            f"generation, {prompts} prompts x {each}",
+            f"generation{', ours compiled' if kind is compiled else ''}, {prompts} prompts x {each}",
             {"deffuse": ours, "diffusers": theirs},
             args.images,
             args.rounds,

@@ -49,6 +49,10 @@ class GenerateConfig(SamplerConfig):
         "fp32"  # of the network; auto: bf16 where the machine has it in hardware
     )
 
+    # torch.compile of the network, for one size of passes: half a minute or more once per process, then passes that are a third
+    # to a half faster; images differ by what rounding makes of them
+    compile: bool = False
+
     def __post_init__(self):
         super().__post_init__()
         if self.precision == "auto":

@@ -21,6 +21,7 @@ from eval.config import GenerateConfig
 from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
 from eval.textsource import TextSampler, is_text_to_image, load_model, side_of
+from train.compiled import FixedBatch, refuse_without_compiler
 from train.data import Dataset
 from train.files import write_csv
 from train.gan import PIPELINE as GAN_PIPELINE
@@ -59,11 +60,15 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
         shape: (C, H, W) that the attack compares; other sizes are resized to it.
 
     Raises:
-        UserError: it is no such folder, or a kind of pipeline that cannot be sampled here.
+        UserError: it is no such folder, a kind of pipeline that cannot be sampled here, or one whose network is not compiled.
     """
+    if config.compile:
+        refuse_without_compiler("generate.compile", device)
     if not (folder / "model_index.json").is_file():
         raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
     if json.loads((folder / "model_index.json").read_text()).get("_class_name") == GAN_PIPELINE:
+        if config.compile:
+            raise UserError("generate.compile", "is not offered for GANs: an image is one pass", "set it to false")
         return _gan_source(folder, config, seed, shape, device)
     if is_text_to_image(folder):
         return _text_source(folder, config, seed, shape, device)
@@ -85,6 +90,8 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
     facts = {"family": type(pipeline).__name__, "parameters": parameters, **dict.fromkeys(UNKNOWN)}
     if isinstance(getattr(pipeline, "unet", None), UNet2DModel) and not hasattr(pipeline, "vqvae"):
         return _pixel_source(folder, pipeline, config, seed, shape, facts)
+    if config.compile:
+        raise UserError("generate.compile", f"is not offered for {type(pipeline).__name__}", "set it to false")
     return _pipeline_source(pipeline, config, seed, shape, facts)
 
 
@@ -97,10 +104,12 @@ def _pixel_source(
     own = (model.config.in_channels, size, size)
     schedule = pipeline.scheduler.config
     known = _sidecar(folder)
+    network = FixedBatch(model, config.batch_size) if config.compile else None
 
     def draw(indices: Sequence[int], labels: Sequence[int] | None) -> torch.Tensor:
         chosen = None if labels is None else torch.as_tensor(labels)
-        images = sample(model, schedule, config, indices, own, seed=seed, labels=chosen, precision=config.precision)
+        options = {"labels": chosen, "precision": config.precision, "network": network}
+        images = sample(model, schedule, config, indices, own, seed=seed, **options)
         return _fit(images, shape)
 
     return Source("untargeted", draw, _frequency(known, classes), facts | _known_facts(known))
@@ -130,7 +139,8 @@ def _text_source(
     model, known = load_model(folder, device, config.precision), _sidecar(folder)
     facts = {"family": type(model).__name__, "parameters": parameter_count(model)}
     facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}
-    sampler = TextSampler(model, config, config.precision, seed, side_of(model, known), shape[0])
+    side = side_of(model, known)
+    sampler = TextSampler(model, config, config.precision, seed, side, shape[0], compiles=config.compile)
 
     def draw(indices: Sequence[int], prompts: Sequence[str] | None) -> torch.Tensor:
         return _fit(sampler(indices, prompts), shape)

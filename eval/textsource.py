@@ -10,6 +10,7 @@ from torch import nn
 
 from defenses.textmodel import TextCondition
 from train import pipelines
+from train.compiled import FixedBatch
 from train.conditioner import Condition
 from train.diffusion import autocast
 from train.latent import LatentModel, conditions_of, predict, time_ids
@@ -57,9 +58,19 @@ class TextSampler:
 
     Args:
         channels: of the data; images are made grey where it is 1.
+        compiles: whether the network is compiled for full passes.
     """
 
-    def __init__(self, model: LatentModel, config: SamplerConfig, precision: str, seed: int, side: int, channels: int):
+    def __init__(
+        self,
+        model: LatentModel,
+        config: SamplerConfig,
+        precision: str,
+        seed: int,
+        side: int,
+        channels: int,
+        compiles: bool = False,
+    ):
         self.model, self.config, self.precision, self.seed = model, config, precision, seed
         self.shape = (channels, side, side)
         self.device = next(model.parameters()).device
@@ -67,6 +78,8 @@ class TextSampler:
         self.scheduler.set_timesteps(config.steps, device=self.device)
         self.first_timestep = int(self.scheduler.timesteps[0])
         self._null: Condition | None = None
+        rows = config.batch_size * (1 if config.guidance_scale == 1 else 2)
+        self.network = FixedBatch(model.unet, rows) if compiles else None
 
     def __call__(self, indices: Sequence[int], prompts: Sequence[str | TextCondition]) -> torch.Tensor:
         """Float32 [n, C, side, side] in [0, 1]."""
@@ -79,7 +92,7 @@ class TextSampler:
                     conditions.text[row] = each.text
                     if conditions.pooled is not None:
                         conditions.pooled[row] = each.pooled
-        options = {"prompts": texts, "conditions": conditions, "precision": self.precision}
+        options = {"prompts": texts, "conditions": conditions, "precision": self.precision, "network": self.network}
         return sample(self.model, self.config, indices, self.shape, seed=self.seed, **options)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Sampling: every image is a function of (seed, sample index), whatever the number of processes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,7 @@ def sample(
     seed: int,
     labels: torch.Tensor | None = None,
     precision: str = "fp32",
+    network: Callable | None = None,
 ) -> torch.Tensor:
     """Images for the given sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
 
@@ -64,6 +65,7 @@ def sample(
         seed: start noise of index i comes from (seed, "sample", i) alone.
         labels: int64 [n] class indices for class-conditional models.
         precision: "bf16" or "fp32" arithmetic inside the network.
+        network: what is called in place of ``model``, e.g. its compiled form.
     """
     device = next(model.parameters()).device
     start = torch.stack([torch.randn(shape, generator=generator(seed, "sample", int(i))) for i in indices])
@@ -74,7 +76,9 @@ def sample(
     for timestep in scheduler.timesteps:
         with autocast(device, precision):
             inputs = scheduler.scale_model_input(images, timestep)
-            prediction = model(inputs, timestep.expand(len(images)), class_labels=labels, return_dict=False)[0]
+            prediction = (network or model)(
+                inputs, timestep.expand(len(images)), class_labels=labels, return_dict=False
+            )[0]
         images = scheduler.step(prediction.float(), timestep, images, return_dict=False)[0]
     return (images / 2 + 0.5).clamp(0, 1).float().cpu()
 

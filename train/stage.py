@@ -1,8 +1,6 @@
 """Builds the trainer from the configuration, trains, and saves the model that is released."""
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +23,7 @@ from train.combinations import (
     refuse_mixing,
     sampling_frequency,
 )
+from train.compiled import refuse_without_compiler
 from train.data import Dataset
 from train.diffusion import noise_schedule
 from train.loop import Trainer
@@ -38,8 +37,6 @@ from train.release import RECORD, SIDECAR, build_model, release
 from train.runlog import RunDirectory
 from train.sampling import save_grid
 from train.state import TrainConfig, TrainState, averaged_weights, trained_parameters
-
-COMPILERS = (os.environ.get("CXX") or "g++", "clang++")  # one of them turns a compiled network into code for a CPU
 
 
 def train_model(
@@ -175,10 +172,11 @@ def refuse_early(config: SimpleNamespace, defenses: list[Defense], accelerator: 
     for key in ("gradient_checkpointing", "compile"):
         if getattr(settings, key) and owners:
             raise UserError(f"train.{key}", f"does not work with gradients per record ({owners[0]})", "set it to false")
-    if settings.compile and accelerator.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise UserError(
-            "train.compile", "needs a C++ compiler on a machine without a GPU", "install g++, or set it to false"
-        )
+    for section in ("train", "generate"):
+        if getattr(config, section).compile:
+            refuse_without_compiler(f"{section}.compile", accelerator.device)
+    if config.generate.compile and config.model.family == "gan":
+        raise UserError("generate.compile", "is not offered for GANs: an image is one pass", "set it to false")
     is_quiet(config, defenses)
     build_optimizer(settings.optimizer, [nn.Parameter(torch.ones(1, device=accelerator.device))], 1.0)
 

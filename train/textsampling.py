@@ -1,6 +1,6 @@
 """Images of a text-to-image model: every one a function of (seed, prompt, sample index), whatever else is in its batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -42,6 +42,7 @@ def sample(
     conditions: Condition | None = None,
     precision: str = "fp32",
     as_trained: bool = False,
+    network: Callable | None = None,
 ) -> torch.Tensor:
     """Images for prompts and sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
 
@@ -53,16 +54,17 @@ def sample(
         prompts: one per image.
         conditions: what to condition on in place of the prompts' own embeddings, one per image.
         as_trained: an empty prompt is the empty condition of training instead of the embedding of "" that a pipeline takes.
+        network: what is called in place of the model's own network, e.g. its compiled form.
     """
     device = next(model.parameters()).device
     with autocast(device, precision):  # one block: within it the weights are converted once
         if conditions is None:
             conditions = (trained_conditions if as_trained else conditions_of)(model, prompts)
-        return _sample(model, config, indices, shape, seed, prompts, conditions.to(device), device)
+        return _sample(model, network or model.unet, config, indices, shape, seed, prompts, conditions.to(device))
 
 
-def _sample(model, config, indices, shape, seed, prompts, condition, device) -> torch.Tensor:
-    size = shape[1]
+def _sample(model, network, config, indices, shape, seed, prompts, condition) -> torch.Tensor:
+    size, device = shape[1], condition.text.device
     scheduler = build_sampler(config, model.parts.scheduler.config)
     scheduler.set_timesteps(config.steps, device=device)
     own = latent_shape(model, size)
@@ -76,7 +78,7 @@ def _sample(model, config, indices, shape, seed, prompts, condition, device) -> 
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = torch.cat([inputs, inputs]) if guided else inputs
-        output = predict(model.unet, inputs, timestep.expand(len(inputs)), condition, ids).float()
+        output = predict(network, inputs, timestep.expand(len(inputs)), condition, ids).float()
         if guided:
             without, with_caption = output.chunk(2)
             output = without + config.guidance_scale * (with_caption - without)
