@@ -29,6 +29,7 @@ def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
 GUARD_OFF_PATHS = {
     "control": "control.verified",
     "p_value": "control.p_value",
+    "captions_p_value": "control.captions.p_value",
     "by_correlation": "by_correlation.verified",
     "by_correlation_candidates": "by_correlation.candidates",
     "by_correlation_train": "by_correlation.control.verified_train_m",
@@ -56,6 +57,11 @@ def done_of(outcomes: Iterable[Outcome]) -> list[Outcome]:
 def is_guarded(outcomes: list[Outcome]) -> bool:
     """Whether the arm protects its outputs only: a defense wraps the sampling."""
     return any(outcome.guarded for outcome in outcomes)
+
+
+def is_by_construction(outcomes: list[Outcome]) -> bool:
+    """Whether the arm's count says nothing of its images: the guard judges them by the attack's own score."""
+    return any(outcome.by_construction for outcome in outcomes)
 
 
 def values_of(outcomes: list[Outcome], path: str) -> list[float | None]:

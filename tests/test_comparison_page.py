@@ -50,7 +50,7 @@ def test_one_file_with_one_hashed_script(opened):
 def test_sections_in_order(opened):
     _, _, page = opened
     ids = re.findall(r'<section[^>]*id="([a-z-]+)"', page.source)
-    order = ["verdict", "table", "plane", "along", "copies", "correlation", "trend", "findings", "evidence", "samples"]
+    order = ["verdict", "table", "others", "plane", "along", "copies", "correlation", "trend", "findings", "evidence", "samples"]
     assert ids == [*order, "reproduce", "not-measured", "reading"]
     assert not FORBIDDEN.search(page.visible)
 
