@@ -29,7 +29,6 @@ def checkpoint(point: dict[str, Any]) -> dict[str, Any]:
 GUARD_OFF_PATHS = {
     "control": "control.verified",
     "p_value": "control.p_value",
-    "captions_p_value": "control.captions.p_value",
     "by_correlation": "by_correlation.verified",
     "by_correlation_candidates": "by_correlation.candidates",
     "by_correlation_train": "by_correlation.control.verified_train_m",

@@ -10,6 +10,7 @@ from typing import Any
 
 from eval.attackwords import primary
 from eval.quoted import lookup
+from eval.wording import beyond_caption
 
 NO_MEAN = ("p_value", "p_value_holm", "auc_ci95", "tpr_ci95")  # parts of a path whose mean over seeds means nothing
 Privacy = dict[str, Any]  # the part of that name of report.json
@@ -35,7 +36,7 @@ def others(report: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
 
     Returns:
         attack -> ``{"at": dotted path in report.json, "figures": {path below it: number or None}, "name": which of several attacks,
-        "note"}``. The number of a figure is that of report.json at ``at.path``.
+        "unit": of what it counts, "note"}``. The number of a figure is that of report.json at ``at.path``.
     """
     return {name: _of(report["privacy"], attack) for name, attack in ATTACKS.items()}
 
@@ -78,8 +79,19 @@ def _of(privacy: Privacy, attack: Attack) -> dict[str, Any] | None:
         "at": f"privacy.{place}",
         "figures": figures,
         "name": part.get("attack") or part.get("detector"),
+        "unit": part.get("unit"),
         "note": attack.note(privacy),
     }
+
+
+def beyond_captions(found: dict[str, Any] | None) -> float | None:
+    """p-value of the control by captions on which a verdict rests (`eval.wording.beyond_caption`), from "captions" of `others`."""
+    if found is None:
+        return None
+    figures = found["figures"]
+    p_value, own = (figures.get(path) for path in STRATIFIED)
+    stratified = {"p_value": p_value, "without_counterpart": {"own": own}}
+    return beyond_caption({"p_value": figures["p_value"], "stratified": stratified})
 
 
 def _part(name: str) -> Callable[[Privacy], str | None]:
@@ -102,7 +114,8 @@ def _member_note(privacy: Privacy) -> str | None:
 
 
 def _weights(part: dict[str, Any]) -> list[str]:
-    names = "weight", "verified", "control.verified", "control.verified_train_m", "control.n", "p_value_holm"
+    names = ["weight", "verified", "control.verified", "control.verified_train_m", "control.n", "p_value_holm"]
+    names += [f"captions.{name}" for name in ("training.own", "training.tested", "own", "tested", "p_value_holm")]
     return [f"weights.{place}.{name}" for place in range(len(part["weights"])) for name in names]
 
 
@@ -127,7 +140,8 @@ def _fixed(*paths: str) -> Callable[[dict[str, Any]], Sequence[str]]:
     return lambda part: paths
 
 
-CAPTIONS = _fixed("training.own", "training.tested", "own", "tested", "p_value")
+STRATIFIED = "stratified.p_value", "stratified.without_counterpart.own"
+CAPTIONS = _fixed("training.own", "training.tested", "own", "tested", "p_value", *STRATIFIED)
 MEMBERSHIP = _fixed(
     "auc", "auc_ci95.0", "auc_ci95.1", "tpr_at_fpr.0.01", "tpr_ci95.0.01.0", "tpr_ci95.0.01.1", "members", "nonmembers"
 )

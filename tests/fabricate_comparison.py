@@ -81,7 +81,7 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
         (folder / directory / "manifest.csv").rename(folder / f"{shares}-s{seed}" / "manifest.csv")
     report = _report(verified[seed], kid[seed], seconds, seed, name)
     if name in ATTACKED:
-        report["privacy"] |= fabricate_attacks(folder / directory)
+        report["privacy"] |= _attacks(folder / directory, seed)
     run["other_attacks"] = others(report)
     extraction = report["privacy"]["extraction"]
     values = {
@@ -109,6 +109,15 @@ def _report(verified: int, kid: float, seconds: float, seed: int, name: str) -> 
     return report
 
 
+def _attacks(folder: Path, seed: int) -> dict[str, Any]:
+    """Parts of ``privacy``; numbers of one seed are not those of the other."""
+    found = fabricate_attacks(folder)
+    found["canaries"]["one_run"] |= {"ceiling": 4.321, "canaries": 256, "epsilon_lower_bound": 0.834 + 0.3 * seed}
+    found["prefilter"]["recall"]["flagged"]["0.1"] = 0.4567 + 0.12 * seed
+    found["membership"][1]["auc"] += 0.011 * seed
+    return found
+
+
 def _extraction(verified: int) -> dict[str, Any]:
     extraction = fabricate_report(verified)["privacy"]["extraction"]
     once = max(0, verified - 6)
@@ -121,7 +130,14 @@ def _extraction(verified: int) -> dict[str, Any]:
         "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013),
     }
     control = {"verified": 4, "verified_train_m": 6, "n": 31, "background": 0.0419}
-    captions = {"tested": 33, "own": 4, "training": {"tested": 38, "own": verified + 3}, "p_value": 0.0007, "reason": None}
+    captions = {
+        "tested": 33,
+        "own": 4,
+        "training": {"tested": 38, "own": verified + 3},
+        "p_value": 0.0007,
+        "reason": None,
+    }
+    captions["unit"] = "group"
     extraction["control"]["captions"] = captions if verified in (7, 8) else None
     return extraction | {"by_correlation": {"verified": max(0, verified - 1), "candidates": 17, "control": control}}
 
