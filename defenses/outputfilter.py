@@ -113,6 +113,7 @@ class OutputFilter(Defense):
         return {
             "kind": "heuristic",
             "protects": "outputs",
+            "uses_attack_score": True,  # a count by that score says nothing of the images that passed
             "statement": "Protects the images that leave through the filter, not the weights: whoever holds the model can "
             "sample without it. The folder output_filter contains the training pictures, reduced in size, and must not be "
             "published with the weights. An image is held back where the extraction attack's own score finds it nearer to a "

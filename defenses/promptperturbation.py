@@ -105,6 +105,7 @@ class PromptPerturbation(Defense):
         return {
             "kind": "heuristic",
             "protects": "outputs",
+            "uses_attack_score": False,  # the attack on these images is a measurement
             "statement": "Changes what the model is told where a prompt pulls the first step of sampling harder than the "
             "target, which memorised prompts do (Wen et al. 2024). Protects the images that are drawn in this way, not the "
             "weights: whoever holds the model can sample without it, and what comes at a later step or from a prompt below "

@@ -1,6 +1,6 @@
 """Whether reports can be compared: the same data, split, attack, sampler and features, or a refusal that names the field."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from defenses.errors import UserError
@@ -23,10 +23,22 @@ FIELDS = {
 FOLLOWS_FROM_DATA = "privacy.extraction.settings.n_effective"  # neighbours that there are
 # what the attack met, not what it was told
 MEASURED = {f"privacy.extraction.settings.{name}" for name in ("inexact_cliques", "generations_per_prompt")}
+# of a prompted attack: what followed from the captions that there were. Arms that differ in it are not comparable (`asked_otherwise`)
+FOLLOWS_FROM_PROMPTS = (
+    "privacy.extraction.generations",
+    "privacy.extraction.tier",
+    "privacy.extraction.settings.clique_size",
+)
 # compared only where both have it: other families have no sampler, and a classifier can fail in one arm
 OPTIONAL = ("privacy.extraction.sampler", "privacy.captions", "utility.downstream.settings")
 
 GAN = "gan"
+ASKED = {  # what makes counts of a prompted attack differ whatever the model, and how it is told
+    "prompts": "it was asked {} prompts, the reference {}",
+    "generations": "it was asked for {} images, the reference for {}",
+    "digest": "it was asked other prompts than the reference",
+    "rewritten": "it was asked with captions as {} rewrote them, the reference as {} did",
+}
 
 
 def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> None:
@@ -48,6 +60,49 @@ def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> No
         _compare(own, (arm, outcome), None)
 
 
+def is_prompted(outcome: Outcome) -> bool:
+    """Whether the images of a run were asked for by prompts."""
+    return lookup(outcome.report, "privacy.extraction.protocol") == "prompted"
+
+
+def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | None:
+    """Why counts of a prompted attack cannot be held against the reference's: it was given other prompts, or drew another number of
+    images. None: they can, or the attack was not prompted.
+
+    A model that is asked for fewer pictures gives fewer away. Prompts differ where they follow the arm itself: captions that a
+    defense rewrote (``attack.captions=trained``), prompts in the order of a score (``generate.order=prefilter``).
+
+    Args:
+        mine, base: runs of the arm and of the reference, seed by seed.
+    """
+    for one, other in zip(mine, base, strict=True):
+        if None in (one.asked, other.asked) or not is_prompted(one):
+            continue
+        sides = [_asked(one), _asked(other)]
+        for key, text in ASKED.items():
+            values = [side[key] for side in sides]
+            if None not in values and values[0] != values[1]:
+                remedy = "; attack.captions=original asks all arms alike" if sides[0]["trained"] else ""
+                return f"seed {one.run.seed}: {text.format(*values)}, so their counts say nothing of the models{remedy}"
+    return None
+
+
+def _asked(outcome: Outcome) -> dict[str, Any]:
+    """What a prompted attack was given; None what its report does not tell."""
+    captions = lookup(outcome.report, "privacy.captions") or {}
+    trained, digest = captions.get("prompts") == "trained", captions.get("asked_sha256")
+    known_by_name = (
+        trained and digest is None and captions.get("rewritten_by") is not None
+    )  # a report of an older version
+    return {
+        "prompts": outcome.asked.get("prompts"),
+        "generations": outcome.asked["generations"],
+        "digest": digest,
+        "rewritten": (", ".join(captions["rewritten_by"]) or "no defense") if known_by_name else None,
+        "trained": trained,
+    }
+
+
 def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str | None) -> None:
     mine, theirs = (_facts(outcome, varied) for _, outcome in (one, other))
     for path in [*mine, *(path for path in theirs if path not in mine)]:
@@ -62,13 +117,14 @@ def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str |
 
 def _facts(outcome: Outcome, varied: str | None) -> dict[str, Any]:
     """Fields that must agree, settings one by one. Where an output filter withheld images, the attack without it counts."""
-    report = outcome.report
+    report, ignored = outcome.report, MEASURED | ({FOLLOWS_FROM_DATA} if varied == "data" else set())
+    if is_prompted(outcome):
+        ignored |= set(FOLLOWS_FROM_PROMPTS)
+    if outcome.guarded:
+        report = report | {"privacy": report["privacy"] | {"extraction": outcome.asked}}
     if lookup(report, "privacy.extraction.sampler.name") == GAN:  # one forward pass: there is nothing to sample with
         privacy = report["privacy"]
         report = report | {"privacy": privacy | {"extraction": privacy["extraction"] | {"sampler": None}}}
-    if outcome.guarded:
-        privacy = report["privacy"]
-        report = report | {"privacy": privacy | {"extraction": privacy["extraction_guard_off"]}}
     found = {}
     for path, section in FIELDS.items():
         if section != varied:
@@ -76,7 +132,6 @@ def _facts(outcome: Outcome, varied: str | None) -> dict[str, Any]:
             found |= (
                 {f"{path}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {path: value}
             )
-    ignored = MEASURED | ({FOLLOWS_FROM_DATA} if varied == "data" else set())
     return {path: value for path, value in found.items() if path not in ignored}
 
 

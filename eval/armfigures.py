@@ -58,6 +58,11 @@ def is_guarded(outcomes: list[Outcome]) -> bool:
     return any(outcome.guarded for outcome in outcomes)
 
 
+def is_by_construction(outcomes: list[Outcome]) -> bool:
+    """Whether the arm's count says nothing of its images: the guard judges them by the attack's own score."""
+    return any(outcome.by_construction for outcome in outcomes)
+
+
 def values_of(outcomes: list[Outcome], path: str) -> list[float | None]:
     """Figure at a dotted path of report.json, run by run; None where it was not measured."""
     return [outcome.values.get(path) for outcome in outcomes]

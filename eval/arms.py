@@ -115,6 +115,21 @@ class Outcome:
         """Whether a defense worked on the sampling alone."""
         return self.report is not None and self.report["privacy"].get("extraction_guard_off") is not None
 
+    @property
+    def by_construction(self) -> bool:
+        """Whether little is found behind the guard by construction: a defense there judges images by the attack's own score, or does
+        not say that it does not."""
+        claims = [each["claim"] for each in self.report["defenses"]] if self.guarded else []
+        guards = [claim for claim in claims if claim.get("protects") == "outputs"]
+        return self.guarded and not (guards and all(claim.get("uses_attack_score") is False for claim in guards))
+
+    @property
+    def asked(self) -> dict[str, Any] | None:
+        """``privacy.extraction`` of the images that were asked for: an output filter may have withheld some of them."""
+        if self.report is None:
+            return None
+        return self.report["privacy"]["extraction_guard_off" if self.guarded else "extraction"]
+
 
 def read_outcomes(arms: Sequence[Arm]) -> list[tuple[Arm, list[Outcome]]]:
     """Reads the files of every run; a run that is not done gives an empty outcome.

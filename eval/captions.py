@@ -4,6 +4,9 @@ A defense that rewrites captions before training (`defenses.base.Defense.rewrite
 defense knows the new key, so the attacks on weights take it unless told otherwise: else a defense would look good by the attacker's ignorance.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -61,12 +64,15 @@ def _told(target: Target, config: SimpleNamespace, usual: Captions) -> Dataset:
     return replace(dataset, records=[r if (r.caption or "") == text else replace(r, caption=text) for r, text in pairs])
 
 
-def report(target: Target, config: SimpleNamespace) -> dict[str, Any]:
+def report(target: Target, config: SimpleNamespace, asked: Sequence[str]) -> dict[str, Any]:
     """``privacy.captions`` of report.json, for a model with text.
+
+    Args:
+        asked: prompts that images were generated from.
 
     Returns:
         ``losses`` and ``prompts``: "original" or "trained", prompts also "file"; ``rewritten_by``: the defenses that make the
-        two differ, None for a model of others.
+        two differ, None for a model of others; ``asked_sha256``: of the prompts, in any order, without telling them.
     """
     ours = target.run is not None
     chosen = config.attack.captions
@@ -76,4 +82,5 @@ def report(target: Target, config: SimpleNamespace) -> dict[str, Any]:
         "losses": (chosen or "trained") if ours else "original",
         "prompts": prompts,
         "rewritten_by": names if ours else None,
+        "asked_sha256": hashlib.sha256(json.dumps(sorted(asked)).encode()).hexdigest(),
     }

@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 from defenses.errors import UserError
-from eval.alike import check_alike
-from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off, is_guarded
+from eval.alike import asked_otherwise, check_alike
+from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off, is_by_construction, is_guarded
 from eval.arms import Arm, ArmRun, Outcome, UtilityFloor, lookup, read_outcomes
-from eval.comparisonwords import not_measured
+from eval.comparisonwords import P_VALUES, not_measured
 from eval.contrasts import adjust, comparability, front, trend, versus
 from eval.matching import curves, matched
+from eval.otherattacks import others, over_seeds
 from eval.pairedtests import t_interval
 
 __all__ = ["Arm", "ArmRun", "UtilityFloor", "assemble"]
@@ -53,20 +54,25 @@ def assemble(
     base = next(outcomes for arm, outcomes in loaded if arm.name == reference)
     seeds = [run.seed for run in loaded[0][0].runs]
     checkpoints = curves(loaded, utility.metric)
-    described = [_describe(arm, outcomes, utility) for arm, outcomes in loaded]
+    otherwise = {} if varied(factor) else {arm.name: asked_otherwise(outcomes, base) for arm, outcomes in loaded}
+    described = [_describe(arm, outcomes, utility, otherwise.get(arm.name)) for arm, outcomes in loaded]
     for entry, (arm, outcomes) in zip(described, loaded, strict=True):
         other = arm.name != reference
-        pair = checkpoints[arm.name], checkpoints[reference]
-        entry["versus_reference"] = versus(outcomes, base) if other else None
-        entry["matched"] = matched(seeds, *pair, utility.metric) if other else None
+        pair, why = (checkpoints[arm.name], checkpoints[reference]), otherwise.get(arm.name)
+        entry["versus_reference"] = versus(outcomes, base, why) if other else None
+        entry["matched"] = matched(seeds, *pair, utility.metric, why) if other else None
     adjust(described)
     result = {
         "schema": 1,
         "comparison": {"name": name, **facts},
         "design": _design(loaded, base, reference, utility, factor),
         "arms": described,
-        "fronts": {"weights": front(loaded, utility, guard=False), "outputs": front(loaded, utility, guard=True)},
+        "fronts": {
+            "weights": front(loaded, utility, guard=False, otherwise=otherwise),
+            "outputs": front(loaded, utility, guard=True, otherwise=otherwise),
+        },
         "trend": trend(loaded, factor) if factor else None,
+        "p_values": P_VALUES,
     }
     return result | {"not_measured": not_measured(loaded, result)}
 
@@ -99,6 +105,8 @@ def _design(
         "utility": {"metric": utility.metric, "at_most": utility.at_most},
         "generations": common(plain, f"{EXTRACTION}.generations"),
         "sampler": common(trained, f"{EXTRACTION}.sampler"),
+        "protocol": common(plain, f"{EXTRACTION}.protocol"),
+        "prompts": common(plain, f"{EXTRACTION}.prompts"),
         "tier": common(plain, f"{EXTRACTION}.tier"),
         "steps": common(trained, "model.steps"),
         "images_seen": common(trained, "model.images_seen"),
@@ -110,11 +118,16 @@ def _design(
     }
 
 
-def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor) -> dict[str, Any]:
+def varied(factor: str | None) -> bool:
+    """Whether the comparison varies on purpose what is asked of the models, or for how many images."""
+    return factor is not None and factor.startswith(("data.", "generate.", "attack."))
+
+
+def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor, otherwise: str | None) -> dict[str, Any]:
     """One arm without what it is compared with."""
     done = done_of(outcomes)
     defenses = done[0].report["defenses"] if done else []
-    comparable, why = comparability(outcomes, utility)
+    comparable, why = comparability(outcomes, utility, otherwise)
     return {
         "name": arm.name,
         "level": arm.level,
@@ -126,7 +139,10 @@ def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor) -> dict[
         "protects": ("outputs" if is_guarded(done) else "weights") if done else None,
         "runs": [_run(outcome) for outcome in outcomes],
         "summary": _summary(done),
+        "other_attacks": over_seeds([others(outcome.report) for outcome in done]),
+        "by_construction": is_by_construction(done),
         "comparable": comparable,
+        "asked_otherwise": otherwise,
         "why": why,
     }
 
@@ -135,7 +151,14 @@ def _run(outcome: Outcome) -> dict[str, Any]:
     run, report = outcome.run, outcome.report
     told = {"seed": run.seed, "status": run.status, "error": run.error, "directory": run.path, "command": run.command}
     if report is None:
-        return told | {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
+        return told | {
+            "values": None,
+            "by_copies": None,
+            "along": [],
+            "guard_off": None,
+            "findings": [],
+            "other_attacks": None,
+        }
     measured = [defense for defense in report["defenses"] if defense.get("findings") is not None]
     return told | {
         "values": outcome.values,
@@ -143,6 +166,7 @@ def _run(outcome: Outcome) -> dict[str, Any]:
         "along": [checkpoint(point) for point in report.get("along") or []],
         "guard_off": guard_off(report) if outcome.guarded else None,
         "findings": [{"name": defense["name"], **defense["findings"]} for defense in measured],
+        "other_attacks": others(report),
     }
 
 

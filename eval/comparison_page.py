@@ -4,14 +4,13 @@ import base64
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from eval import comparison_plots, evidence, pages, standings, wording
+from eval import attackwords, comparison_plots, evidence, pages, standings, wording
 from eval.quoted import Quoted
 from train.files import atomic
 
@@ -19,6 +18,19 @@ BUDGET_BYTES = 1_500_000  # of encoded pictures in the pairs of all arms, and ag
 
 # parts of comparison.json that may hold names of files or people: where the data are restricted they are not shown
 NAMING = {"command", "overrides", "config", "error", "directory", "not_measured"}
+
+# titles of `eval.otherattacks.ATTACKS` on the page; the guard's other side stands in the column of its attack
+OTHERS = {
+    "captions": "By their own captions",
+    "finetuning": "Attack on the fine-tuning",
+    "membership": "Membership, by picture",
+    "membership_groups": "Membership, by person or group",
+    "inpainting": "Inpainting from one half",
+    "canaries": "Planted canaries",
+    "audit": "Canaries of DP-SGD",
+    "prefilter": "Pre-filter of the prompts",
+    "risk": "Recognised, by copies",
+}
 
 FINDINGS = {
     "threshold": "threshold: what comes nearer is a copy",
@@ -79,6 +91,9 @@ def render(
         measured=[index for index, arm in enumerate(arms) if arm["summary"]],
         downstream=any("utility.downstream.accuracy" in arm["summary"] for arm in arms),
         figures=_figures(comparison),
+        others=_others(arms),
+        attack_names=attackwords.NAMES,
+        correlated=any(standings.CORRELATED + ".verified" in arm["summary"] for arm in arms),
         findings=[_findings(arm) for arm in arms],
         evidence=[] if restricted else _evidence(folder, arms, images, pairs),
         grids=[] if restricted else _grids(folder, arms, grid),
@@ -104,6 +119,15 @@ def _figures(comparison: dict[str, Any]) -> dict[str, Any]:
         "metric": comparison_plots.over_images(comparison, metric),
         "copies": [comparison_plots.copies(arm) for arm in comparison["arms"]],
         "trend": comparison_plots.trend(comparison["trend"]) if comparison["trend"] else None,
+    }
+
+
+def _others(arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """Columns of the table of the other attacks, (name, title), and the titles of those that no arm made."""
+    made = {name: any(arm["other_attacks"][name] is not None for arm in arms) for name in OTHERS}
+    return {
+        "columns": [(name, title) for name, title in OTHERS.items() if made[name]],
+        "missing": [title for name, title in OTHERS.items() if not made[name]],
     }
 
 
@@ -163,7 +187,8 @@ def _grids(folder: Path, arms: list[dict[str, Any]], most: int) -> list[dict[str
         index: evidence.generation_files(folder / arms[index]["runs"][number]["directory"] / "generations")
         for index, number in numbers.items()
     }
-    names = list(islice(sorted(set().union(*files.values())), most))
+    # images of one prompt show nearly one picture: the first of every prompt, then the second
+    names = sorted(set().union(*files.values()), key=lambda name: (name.rpartition("/")[2], name))[:most]
     pictures = {
         (index, name): evidence.read_image(found[name]) if name in found else None
         for index, found in files.items()

@@ -4,7 +4,7 @@ from typing import Any
 
 from eval.armfigures import Loaded, done_of
 from eval.arms import Outcome, lookup
-from eval.wording import NOT_MEASURED, number, tier_sentence
+from eval.wording import NOT_MEASURED, PROMPTED_CONTROL, captions_lacking, number, tier_sentence
 
 EARLY_STOP = "early_stop"  # name of the defense
 OTHER_ATTACKS = ("privacy.extraction", "privacy.membership", "privacy.inpainting", "privacy.canaries", "utility")
@@ -31,6 +31,12 @@ CORRELATION = (
     "Counts by correlation have no p-value, and the rule is loose: held-out pictures pass it, too. Only what goes beyond the control "
     "counts."
 )
+P_VALUES = {
+    "corrected": "versus_reference.verified.p_value_holm alone: Holm's correction over the comparable arms that were tested, for the "
+    "difference in pictures that the main attack extracted; and p_value_holm of a fine-tuning attack, over its weights within one run",
+    "descriptive": "all others: the controls of each run, other_attacks, the utility figures, the trend. They describe one run, or one "
+    "figure; nobody corrected for how many of them there are, so do not pick the smallest",
+}
 SAME_BUDGET = 0.01  # relative difference of images seen that is not worth a word (Poisson batches vary)
 
 
@@ -46,6 +52,7 @@ def not_measured(loaded: Loaded, comparison: dict[str, Any]) -> list[str]:
     if not done:
         return found
     found += [NOT_MEASURED[path] for path in OTHER_ATTACKS if all(not lookup(report, path) for report in reports)]
+    found += [PROMPTED_CONTROL.format(reason=reason) for reason in _lacking(done)]
     found += _attack_size(done)
     found += _seeds(len(comparison["design"]["seeds"]))
     if comparison["design"]["utility"]["at_most"] is None:
@@ -76,6 +83,12 @@ def _failures(loaded: Loaded) -> list[str]:
         for outcome in outcomes
         if outcome.report is None
     ]
+
+
+def _lacking(done: list[Outcome]) -> list[str]:
+    """Why prompted attacks have no p-value beyond the caption, each reason once."""
+    extractions = [lookup(outcome.report, "privacy.extraction") for outcome in done]
+    return list(dict.fromkeys(reason for each in extractions if each and (reason := captions_lacking(each))))
 
 
 def _attack_size(done: list[Outcome]) -> list[str]:

@@ -1,5 +1,6 @@
 """Arms against each other: paired with the reference, on the Pareto front, over a varied factor."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from eval.armfigures import (
@@ -9,11 +10,11 @@ from eval.armfigures import (
     Loaded,
     done_of,
     guard_off,
-    is_guarded,
+    is_by_construction,
     mean_of,
     values_of,
 )
-from eval.arms import Outcome, UtilityFloor
+from eval.arms import Arm, Outcome, UtilityFloor
 from eval.pairedtests import (
     holm,
     paired_t_test,
@@ -37,10 +38,18 @@ BY_CONSTRUCTION = (
 NO_TEST = {"p_value": None, "units": None, "units_differing": None, "smallest_p_value": None}
 
 
-def comparability(outcomes: list[Outcome], utility: UtilityFloor) -> tuple[bool | None, str | None]:
-    """Whether an arm may be ranked, and why not; None where nothing was measured."""
+def comparability(
+    outcomes: list[Outcome], utility: UtilityFloor, otherwise: str | None = None
+) -> tuple[bool | None, str | None]:
+    """Whether an arm may be ranked, and why not; None where nothing was measured.
+
+    Args:
+        otherwise: why it was not asked like the reference (`eval.alike.asked_otherwise`); None: it was.
+    """
     if not done_of(outcomes):
         return None, "no run of this arm finished"
+    if otherwise:
+        return False, otherwise
     mean = mean_of(values_of(outcomes, f"utility.{utility.metric}"))
     if mean is None:
         return None, f"utility.{utility.metric} was not measured"
@@ -49,10 +58,11 @@ def comparability(outcomes: list[Outcome], utility: UtilityFloor) -> tuple[bool 
     return False, f"mean {utility.metric} over the seeds, {mean:.4g}, is above the stated {utility.at_most:.4g}"
 
 
-def versus(outcomes: list[Outcome], base: list[Outcome]) -> dict[str, Any]:
-    """Paired differences from the reference, seed by seed."""
-    test = _pictures_test(outcomes, base) | {"p_value_holm": None, "smallest_p_value_holm": None, "note": None}
-    found = {"verified": _paired(_differences(outcomes, base, VERIFIED)) | test}
+def versus(outcomes: list[Outcome], base: list[Outcome], otherwise: str | None = None) -> dict[str, Any]:
+    """Paired differences from the reference, seed by seed; of counts only where both were asked alike (``otherwise``: why not)."""
+    test = NO_TEST | {"test": f"none: {otherwise}"} if otherwise else _pictures_test(outcomes, base)
+    counts = [None] * len(base) if otherwise else _differences(outcomes, base, VERIFIED)
+    found = {"verified": _paired(counts) | test | {"p_value_holm": None, "smallest_p_value_holm": None, "note": None}}
     for metric in COMPARED:
         differences = _differences(outcomes, base, f"utility.{metric}")
         if any(difference is not None for difference in differences):
@@ -86,8 +96,13 @@ def _differences(outcomes: list[Outcome], base: list[Outcome], path: str) -> lis
 
 
 def _pictures_test(outcomes: list[Outcome], base: list[Outcome]) -> dict[str, Any]:
-    """Sign flips over the independent units of the training pictures that both arms saw."""
-    if is_guarded(outcomes) or is_guarded(base):
+    """Sign flips over the independent units of the training pictures that both arms saw.
+
+    Also for a prompted attack, where each prompt gives one picture at most: both arms were asked the same prompts, so that under the
+    null hypothesis, that the defense changes nothing, the two results of a unit may change places. What one prompt brings of another
+    unit's pictures moves two units at once, in opposite directions, which the flips of both by themselves only exaggerate.
+    """
+    if is_by_construction(outcomes) or is_by_construction(base):
         return NO_TEST | {"test": BY_CONSTRUCTION}
     pairs = [pair for pair in zip(outcomes, base, strict=True) if None not in (pair[0].verified, pair[1].verified)]
     if not pairs:
@@ -136,7 +151,9 @@ def _at_best(test: dict[str, Any], family: int) -> str | None:
     return f"{said}: even if all of them point one way, {EVIDENCE_P} is out of reach"
 
 
-def front(loaded: Loaded, utility: UtilityFloor, guard: bool) -> dict[str, Any]:
+def front(
+    loaded: Loaded, utility: UtilityFloor, guard: bool, otherwise: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Arms in the plane of utility and leakage, means over seeds; the front holds only those that are comparable.
 
     Comparable arms are drawn over the seeds that all of them have, the others over their own. Behind an output filter the count
@@ -144,9 +161,15 @@ def front(loaded: Loaded, utility: UtilityFloor, guard: bool) -> dict[str, Any]:
 
     Args:
         guard: count what output filters let through; otherwise what the weights give away.
+        otherwise: see `comparability`, by arm.
     """
+    otherwise = otherwise or {}
+
+    def ranks(arm: Arm, outcomes: list[Outcome]) -> bool:
+        return bool(comparability(outcomes, utility, otherwise.get(arm.name))[0])
+
     figures = {arm.name: _figures(outcomes, utility.metric, guard) for arm, outcomes in loaded}
-    ranked = {arm.name for arm, outcomes in loaded if figures[arm.name] and comparability(outcomes, utility)[0]}
+    ranked = {arm.name for arm, outcomes in loaded if figures[arm.name] and ranks(arm, outcomes)}
     common = set.intersection(*(set(figures[name]) for name in ranked)) if ranked else set()
     points = []
     for arm, outcomes in loaded:
@@ -155,7 +178,7 @@ def front(loaded: Loaded, utility: UtilityFloor, guard: bool) -> dict[str, Any]:
         if seeds:
             x, y = (mean_of(figures[arm.name][seed][axis] for seed in seeds) for axis in (0, 1))
             full = arm.name in ranked and (utility.at_most is None or x <= utility.at_most)
-            counted = {"n": len(seeds), "seeds": seeds, "by_construction": guard and is_guarded(outcomes)}
+            counted = {"n": len(seeds), "seeds": seeds, "by_construction": guard and is_by_construction(outcomes)}
             points.append({"arm": arm.name, "x": x, "y": y, "comparable": full, **counted})
     best = {point["arm"]: (point["x"], point["y"]) for point in points if point["comparable"] and common}
     marked = [point["arm"] for point in points if point["by_construction"]]

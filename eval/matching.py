@@ -13,7 +13,7 @@ from eval.arms import Outcome
 from eval.pairedtests import t_interval
 from eval.tradeoff import Match, Point, pair_level, reach
 
-ONE_POINT = "one point: the filter changes outputs, not training"
+ONE_POINT = "one point: the guard changes outputs, not training"
 UNMEASURED = "no seed on which this arm and the reference were both measured"
 
 Curves = list[list[Point]]  # checkpoints of every run of an arm, in the order of the seeds
@@ -44,11 +44,14 @@ def _points(outcome: Outcome, trained: Outcome, metric: str) -> list[Point]:
     return [Point(*row) for row in rows if None not in row]
 
 
-def matched(seeds: Sequence[int], mine: Curves | None, reference: Curves | None, metric: str) -> dict[str, Any]:
+def matched(
+    seeds: Sequence[int], mine: Curves | None, reference: Curves | None, metric: str, otherwise: str | None = None
+) -> dict[str, Any]:
     """Verified pictures of an arm and of the reference where both are equally good.
 
     Args:
         mine, reference: their checkpoints by seed, see `curves`.
+        otherwise: why the counts of both cannot be held against each other; None: they can.
         metric: of ``utility``, lower is better.
 
     Returns:
@@ -56,7 +59,7 @@ def matched(seeds: Sequence[int], mine: Curves | None, reference: Curves | None,
         have. ``low`` and ``high`` belong to ``mean``; None where some run was already there at its first checkpoint
         (``censored`` seeds), because its number is not that of the level.
     """
-    alone = mine is None or reference is None
+    alone = mine is None or reference is None or otherwise is not None
     pairs = [([], []) for _ in seeds] if alone else zip(mine, reference, strict=True)
     rows = [{"seed": seed} | _pair(*pair) for seed, pair in zip(seeds, pairs, strict=True)]
     known = [row for row in rows if row["level"] is not None]
@@ -72,7 +75,7 @@ def matched(seeds: Sequence[int], mine: Curves | None, reference: Curves | None,
         "n": len(known),
         "censored": censored,
         "reached": bool(known),
-        "note": ONE_POINT if alone else _note(known, metric) if known else UNMEASURED,
+        "note": (otherwise or ONE_POINT) if alone else _note(known, metric) if known else UNMEASURED,
     }
 
 

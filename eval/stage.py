@@ -159,7 +159,9 @@ def assemble(
         "privacy": {
             "extraction": found.extraction.report if found.extraction else None,
             "extraction_guard_off": found.unguarded,
-            "captions": captions.report(target, config) if source and source.protocol == "prompted" else None,
+            "captions": captions.report(target, config, source.prompts)
+            if source and source.protocol == "prompted"
+            else None,
             **dict.fromkeys((*PARTS, "risk")),
             **{name: finding.report for name, finding in found.parts.items()},
             **{name: part for finding in found.parts.values() for name, part in finding.beside.items()},

@@ -130,6 +130,12 @@ def _job(arm: str, seed: int, base: Path, overrides: list[str], folder: Path) ->
     try:
         tree = configuration.load(SECTIONS, base, given)
         config = configuration.objects(tree)
+        model = config.model
+        if model.family == "latent" and model.pretrained is None and model.scratch.autoencoders is None:
+            # every arm of a seed needs the same one
+            given.append(f"model.scratch.autoencoders={folder / 'autoencoders'}")
+            tree = configuration.load(SECTIONS, base, given)
+            config = configuration.objects(tree)
         check(config)
     except UserError as error:
         raise UserError(f"arms.{arm}: {error.key}", error.problem, error.remedy) from error

@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from eval.comparisonwords import P_VALUES
+from eval.otherattacks import others, over_seeds
 from eval.wording import flatten
 from tests.fabricate import Fabricated, fabricate_claim, fabricate_downstream, fabricate_report
+from tests.fabricate_attacks import fabricate_attacks
 
+ATTACKED = ("none", "dedup")  # arms with the attacks beside the main one
 ABOVE = 0.031  # KID that an arm may have at most
 HEURISTIC = {"kind": "heuristic", "statement": "It helped elsewhere."}
 # name: (shares, kind, claims, verified by seed, KID by seed, training seconds); None: that seed failed
@@ -69,13 +73,16 @@ def _run(folder: Path, name: str, row: tuple, seed: int) -> tuple[dict[str, Any]
         "directory": directory,
         "command": command,
     }
-    run |= {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": []}
+    run |= {"values": None, "by_copies": None, "along": [], "guard_off": None, "findings": [], "other_attacks": None}
     if verified[seed] is None:
         return run, None
     made = Fabricated(folder / directory, verified=verified[seed])
     if shares:
         (folder / directory / "manifest.csv").rename(folder / f"{shares}-s{seed}" / "manifest.csv")
     report = _report(verified[seed], kid[seed], seconds, seed, name)
+    if name in ATTACKED:
+        report["privacy"] |= _attacks(folder / directory, seed)
+    run["other_attacks"] = others(report)
     extraction = report["privacy"]["extraction"]
     values = {
         key: value for key, value in flatten(report) if isinstance(value, int | float) and not isinstance(value, bool)
@@ -102,6 +109,15 @@ def _report(verified: int, kid: float, seconds: float, seed: int, name: str) -> 
     return report
 
 
+def _attacks(folder: Path, seed: int) -> dict[str, Any]:
+    """Parts of ``privacy``; numbers of one seed are not those of the other."""
+    found = fabricate_attacks(folder)
+    found["canaries"]["one_run"] |= {"ceiling": 4.321, "canaries": 256, "epsilon_lower_bound": 0.834 + 0.3 * seed}
+    found["prefilter"]["recall"]["flagged"]["0.1"] = 0.4567 + 0.12 * seed
+    found["membership"][1]["auc"] += 0.011 * seed
+    return found
+
+
 def _extraction(verified: int) -> dict[str, Any]:
     extraction = fabricate_report(verified)["privacy"]["extraction"]
     once = max(0, verified - 6)
@@ -114,6 +130,15 @@ def _extraction(verified: int) -> dict[str, Any]:
         "p_value": {0: 1.0, 1: 0.42, 2: 0.0313}.get(verified, 0.0013),
     }
     control = {"verified": 4, "verified_train_m": 6, "n": 31, "background": 0.0419}
+    captions = {
+        "tested": 33,
+        "own": 4,
+        "training": {"tested": 38, "own": verified + 3},
+        "p_value": 0.0007,
+        "reason": None,
+    }
+    captions["unit"] = "group"
+    extraction["control"]["captions"] = captions if verified in (7, 8) else None
     return extraction | {"by_correlation": {"verified": max(0, verified - 1), "candidates": 17, "control": control}}
 
 
@@ -143,6 +168,8 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     arm = {"name": name, "level": None, "overrides": [f"defenses.{part}={{}}" for part in names], "shares": shares}
     arm |= {"defenses": names, "claims": claims, "kind": kind, "runs": runs}
     arm |= {"protects": "outputs" if name == "output_filter" else "weights"}
+    arm["other_attacks"] = over_seeds([run["other_attacks"] for run in runs if run["values"]])
+    arm |= {"by_construction": name == "output_filter", "asked_otherwise": None}
     arm["summary"] = {key: _mean([values[key] for values in found]) for key in keys}
     below = bool(found) and _mean([values["utility.kid"] for values in found])["mean"] > ABOVE
     why = (
@@ -220,6 +247,7 @@ def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[s
     }
     design = {"reference": "none", "seeds": [0, 1], "factor": None, "utility": {"metric": "kid", "at_most": ABOVE}}
     design |= {"generations": 4871, "sampler": {"name": "ddim", "steps": 25}, "tier": "smoke", "steps": 2011}
+    design |= {"protocol": "untargeted", "prompts": None}
     design |= {
         "images_seen": 128704,
         "training_pictures": 40,
@@ -245,6 +273,7 @@ def _comparison(folder: Path, arms: list[dict[str, Any]], trend: bool) -> dict[s
         "fronts": fronts,
     } | {
         "trend": drawn if trend else None,
+        "p_values": P_VALUES,
         "not_measured": lines,
     }
 

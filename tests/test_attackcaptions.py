@@ -1,6 +1,7 @@
 """Captions that defenses rewrote: each attack asks under those that it should, and a planted memory shows the difference."""
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -146,7 +147,7 @@ def test_prompts_are_the_originals_unless_trained_ones_are_asked_for(numbered):
             finetuning_prompts(FinetuningConfig(max_prompts=2), remembering(target), dataset),
         ):
             assert len(found) == 2 and set(found) <= set(expected)
-        facts = captions.report(target, told)
+        facts = captions.report(target, told, ["b", "a"])
         assert facts["prompts"] == (which or "original") and facts["losses"] == (which or "trained")
         assert facts["rewritten_by"] == ["numbering"]
     assert [record.caption for record in target.dataset.records] == original
@@ -166,7 +167,10 @@ def test_a_model_of_others_has_the_captions_of_the_data_alone(numbered):
     foreign = replace(target, run=None, defenses=[])
     told = asking(config, None)
     assert captions.for_losses(foreign, told) is foreign.dataset is captions.for_prompts(foreign, told)
-    assert captions.report(foreign, told) == {"losses": "original", "prompts": "original", "rewritten_by": None}
+    assert captions.report(foreign, told, ["b", "a"]) == {
+        "losses": "original", "prompts": "original", "rewritten_by": None,
+        "asked_sha256": hashlib.sha256(b'["a", "b"]').hexdigest(),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("of", ["pipeline", "generations"])
@@ -193,10 +197,11 @@ def test_a_whole_run_says_and_uses_them(tmp_path, which):
     write_manifest(dataset, directory.manifest)
     train_model(config, dataset, directory, defenses, accelerator)
     report = run_evaluation(directory, config, accelerator)
-    assert report["privacy"]["captions"] == {
-        "losses": "trained", "prompts": which or "original", "rewritten_by": ["scrub"],
-    }  # fmt: skip
     with (directory.generations / "index.csv").open(newline="") as file:
         told = [row["condition"] for row in csv.DictReader(file)]
+    digest = hashlib.sha256(json.dumps(sorted(set(told))).encode()).hexdigest()
+    assert report["privacy"]["captions"] == {
+        "losses": "trained", "prompts": which or "original", "rewritten_by": ["scrub"], "asked_sha256": digest,
+    }  # fmt: skip
     assert told and all(("phantom" in prompt) == (which is None) for prompt in told)
     assert "privacy.captions.losses" in (directory.path / "report.html").read_text()

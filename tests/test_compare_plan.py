@@ -212,12 +212,56 @@ def test_gpus_are_shared_out_and_cpus_get_torchrun():
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_comparison_can_be_planned(file):
-    given = ["data.source=phantom", "data.group_key=patient"] if file.stem == "cxr" else []
-    whole = plan(file, given)
+    mine = {"cxr": ["data.source=phantom", "data.group_key=patient"], "emoji": ["data.source=emoji-planted"]}
+    whole = plan(file, mine.get(file.stem, []))
     assert len(whole.jobs) == len(whole.overrides) * len(whole.config.seeds)
-    if file.stem == "cxr":  # the pictures are the user's
+    if file.stem in mine:  # the pictures are the user's
         with pytest.raises(UserError, match="data.source: has no value"):
             plan(file, [])
+
+
+def test_the_comparison_on_emoji_trains_what_differs_in_training(tmp_path):
+    """Prompts are perturbed before the sampler of a trained model; each other arm is a training. All are asked the same."""
+    whole = plan(ROOT / "configs" / "compare" / "emoji.yaml", ["data.source=x", f"output_dir={tmp_path}"])
+    parents = {job.arm: job.parent and job.parent.arm for job in whole.jobs}
+    assert [arm for arm, parent in parents.items() if parent is None] == [
+        "none", "dedup", "random-captions", "random-tokens", "text-filter", "anti-gradient",
+    ]  # fmt: skip
+    assert parents["prompt-perturbation"] == "none"
+    kept = tmp_path / "compare-emoji" / "autoencoders"
+    assert all(job.config.model.scratch.autoencoders == str(kept) for job in whole.jobs)
+    assert f"model.scratch.autoencoders={kept}" in whole.of("none")[0].command
+    job = whole.of("prompt-perturbation")[1]
+    assert job.directory == tmp_path / "compare-emoji" / "none-s1" / "eval" / "prompt-perturbation"
+    assert job.command[-1] == "defenses.prompt_perturbation={target: 0.00045}" and job.command[0].endswith(
+        "eval/run.py"
+    )
+    on = {job.arm: [name for name, value in vars(job.config.defenses).items() if value] for job in whole.jobs}
+    assert on == {
+        "none": [], "dedup": ["dedup"], "random-captions": ["captions"], "random-tokens": ["captions"],
+        "text-filter": ["text_filter"], "anti-gradient": ["anti_gradient"], "prompt-perturbation": ["prompt_perturbation"],
+    }  # fmt: skip
+    chances = ("several", "replace", "repeat", "insert", "noise")
+    for arm, one in (("random-captions", "replace"), ("random-tokens", "insert")):
+        settings = whole.of(arm)[0].config.defenses.captions
+        assert [name for name in chances if getattr(settings, f"{name}_probability")] == [one]
+
+
+def test_guards_of_one_training_share_it_alone_and_together(tmp_path):
+    arms = {
+        "none": [],
+        "perturbed": ["defenses.prompt_perturbation={}"],
+        "filter": ["defenses.output_filter={}"],
+        "both": ["defenses.prompt_perturbation={}", "defenses.output_filter={}"],
+        "dedup-perturbed": ["defenses.dedup={}", "defenses.prompt_perturbation={}"],
+    }
+    base = str(ROOT / "configs" / "emoji64.yaml")
+    given = [f"output_dir={tmp_path}", "data.source=x"]
+    whole = plan(write(tmp_path, base=base, arms=arms, seeds=[0], overrides=[]), given)
+    parents = {job.arm: job.parent and job.parent.arm for job in whole.jobs}
+    assert parents == {
+        "none": None, "perturbed": "none", "filter": "none", "both": "none", "dedup-perturbed": None,
+    }  # fmt: skip
 
 
 def test_a_record_of_every_run_is_its_own_picture(tmp_path):

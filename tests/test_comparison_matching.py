@@ -81,7 +81,7 @@ def test_already_there_at_the_first_checkpoint(planted):
 def test_a_filter_is_one_point(planted):
     found = matches(*planted)["filter"]
     assert not found["reached"] and found["n"] == 0 and found["mean"] is found["level"] is None
-    assert found["note"] == "one point: the filter changes outputs, not training"
+    assert found["note"] == "one point: the guard changes outputs, not training"
     assert [row["verified"] for row in found["runs"]] == [None, None]
     guarded = matched([0], [[Point(1, 0.1, 3)]], None, "kid")  # a reference behind a filter
     assert not guarded["reached"] and "one point" in guarded["note"]

@@ -50,7 +50,19 @@ def test_one_file_with_one_hashed_script(opened):
 def test_sections_in_order(opened):
     _, _, page = opened
     ids = re.findall(r'<section[^>]*id="([a-z-]+)"', page.source)
-    order = ["verdict", "table", "plane", "along", "copies", "correlation", "trend", "findings", "evidence", "samples"]
+    order = [
+        "verdict",
+        "table",
+        "others",
+        "plane",
+        "along",
+        "copies",
+        "correlation",
+        "trend",
+        "findings",
+        "evidence",
+        "samples",
+    ]
     assert ids == [*order, "reproduce", "not-measured", "reading"]
     assert not FORBIDDEN.search(page.visible)
 
@@ -121,7 +133,7 @@ def test_verdict_says_who_leaks_and_who_is_not_ranked(opened):
     assert named["Not measured"] == {"gan"}
     below = next(names for title, names in named.items() if title.startswith("Not comparable"))
     assert below == {"dpsgd-eps1"}
-    assert "The filter protects the outputs, not the weights." in page.visible
+    assert "The guard protects the outputs, not the weights." in page.visible
     assert re.search(r"weights give away: seed 0 : 8 ; seed 1 : 7 \.", page.visible)
 
 

@@ -1,6 +1,7 @@
 """A small pipeline from scratch: its autoencoder, its parts, what is written, and stops in between."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,46 @@ def made(folder: Path, **changed) -> dict:
         "accelerator": Accelerator(cpu=True),
     }  # fmt: skip
     return make(folder, **settings | changed)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_finished_autoencoder_serves_other_runs_of_the_same_pictures(tmp_path, monkeypatch):
+    """The second run trains none, has the same weights to the bit, and tells the seconds of the first; anything else that decides
+    the autoencoder makes another one."""
+    config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
+    alone, first = made(tmp_path / "alone"), made(tmp_path / "first", config=config)
+    assert len(list((tmp_path / "kept").iterdir())) == 1 and (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+
+    def refused(self, vae):
+        raise ArithmeticError("trains")
+
+    monkeypatch.setattr(AutoencoderTraining, "run", refused)
+    second = made(
+        tmp_path / "second", config=config, captions=["other words", "a red square"], heldout=np.arange(20, 22)
+    )
+    assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "first") == weights_of(tmp_path / "second")
+    assert second["seconds"] == first["seconds"] > 0 and alone["reconstruction_l2"] == first["reconstruction_l2"]
+    other = pictures()
+    other[3, 0, 5, 5] ^= 1
+    changes = [
+        {"seed": 4}, {"images": other}, {"rows": np.arange(19)}, {"precision": "bf16"},
+        {"config": replace(config, kl_weight=2e-4)}, {"config": CONFIG},
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        with pytest.raises(ArithmeticError, match="trains"):
+            made(tmp_path / f"other{number}", **{"config": config} | change)
+
+
+def test_a_kept_autoencoder_that_is_damaged_is_refused(tmp_path):
+    config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
+    made(tmp_path / "first", config=config)
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"autoencoder-[0-9a-f]{16}.safetensors: is no autoencoder of this run"):
+        made(tmp_path / "second", config=config)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

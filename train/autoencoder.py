@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class ScratchConfig:
     # weight of the Kullback-Leibler divergence per latent number beside the squared error per pixel of [-1, 1]: more makes
     # the latents easier to learn and the pictures blurrier
     kl_weight: float = 1e-4
+    # folder in which finished autoencoders are kept, named by all that decides them: a run that needs the same one takes it from
+    # there. Changes no number. null: none is kept; a comparison keeps them for its arms
+    autoencoders: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("autoencoder_steps", "autoencoder_batch_size"):
@@ -146,7 +149,13 @@ class AutoencoderTraining:
 
     def _fingerprint(self) -> str:
         """Changes with whatever an interim state belongs to."""
-        told = [asdict(self.config), self.seed, self.precision, list(self.images.shape), self.rows.tolist()]
+        told = [
+            asdict(replace(self.config, autoencoders=None)),
+            self.seed,
+            self.precision,
+            list(self.images.shape),
+            self.rows.tolist(),
+        ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _save(self, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

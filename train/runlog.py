@@ -50,7 +50,10 @@ BEFORE_THE_REPORT = tuple(
 # What there is before training has left anything: while it is all, any setting may change. What was prepared is checked by its own
 # digest (`train/data.py`); the table of canaries (`defenses/canaries.py`) goes with the settings that it was drawn for.
 PREPARATION = ("config.yaml", "environment.json", "progress.json", "manifest.csv", "prepared", "audit", ".lock")
-NO_RESULT = ("run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "train.trackers", "run_dir")
+NO_RESULT = (
+    "run.output_dir", "run.cpu_threads", "data.source", "data.heldout_source", "model.scratch.autoencoders", "train.trackers",
+    "run_dir",
+)  # fmt: skip
 LIBRARIES = (
     "torch",
     "torchvision",

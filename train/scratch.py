@@ -5,27 +5,31 @@ The tokenizer holds words of the captions and the autoencoder has seen the pictu
 tell: for a private run start from a pipeline made of public data.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from defenses.errors import UserError
-from defenses.ranks import on_main
+from defenses.ranks import on_main, together
 from defenses.seeding import derive
 from train.autoencoder import AutoencoderTraining, ScratchConfig, initialise, reconstruction_l2, standardise
-from train.files import whole_folder, write_json
+from train.files import atomic, whole_folder, write_json
 from train.vocabulary import learn
 
 FACTS = "scratch.json"  # in the pipeline folder: how its parts were made
 LATENT_CHANNELS = 4  # as in Stable Diffusion 1 and 2
+_BLOCK = 1024  # pictures whose bytes are read at once
 HEAD = 16  # channels of an attention head of the network
 
 
@@ -109,7 +113,11 @@ def make(
     vae = seeded(lambda: autoencoder(sizes, image_size, channels), seed, "autoencoder").to(accelerator.device)
     interim = folder.with_name(f".{folder.name}.autoencoder")
     training = AutoencoderTraining(config, images, rows, seed, precision, accelerator, interim, save_every_sec)
-    seconds = training.run(vae)
+    kept = kept_file(training, size)
+    seconds = taken(kept, vae, accelerator)
+    if seconds is None:
+        seconds = training.run(vae)
+        keep(kept, vae, seconds, accelerator)
 
     def finish() -> dict[str, Any]:
         standardise(vae, images, rows)
@@ -138,6 +146,55 @@ def make(
         return facts
 
     return on_main(accelerator, finish)
+
+
+def kept_file(training: AutoencoderTraining, size: str) -> Path | None:
+    """Where the finished autoencoder of a training is kept for other runs: the name is a digest of all that decides it, pictures, settings,
+    seed and number of processes. None: nowhere."""
+    config, rows, folder = training.config, training.rows, training.config.autoencoders
+    if folder is None:
+        return None
+    told = [asdict(replace(config, autoencoders=None)), size, training.seed, training.precision]
+    digest = hashlib.sha256(json.dumps([*told, training.accelerator.num_processes, len(rows)]).encode())
+    digest.update(rows.astype(np.int64).tobytes())  # random numbers go by row
+    for start in range(0, len(rows), _BLOCK):
+        digest.update(np.ascontiguousarray(training.images[rows[start : start + _BLOCK]]).tobytes())
+    return Path(folder) / f"autoencoder-{digest.hexdigest()[:16]}.safetensors"
+
+
+def taken(file: Path | None, vae: AutoencoderKL, accelerator: Any) -> float | None:
+    """Loads a kept autoencoder into ``vae``, on all ranks; returns the seconds that its training took, or None: there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if file is None or not on_main(accelerator, file.exists):
+        return None
+
+    def load() -> float:
+        try:
+            with safe_open(file, "pt") as stored:
+                vae.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+                return float(stored.metadata()["seconds"])
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(str(file), "is no autoencoder of this run", "remove it") from error
+
+    seconds = together(accelerator, load)
+    vae.eval()
+    return seconds
+
+
+def keep(file: Path | None, vae: AutoencoderKL, seconds: float, accelerator: Any) -> None:
+    """Keeps a finished autoencoder, which has seen the pictures: the folder is for its owner alone."""
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()}
+        with atomic(file, "wb") as handle:
+            handle.write(save(weights, {"seconds": str(seconds)}))
+
+    if file is not None:
+        on_main(accelerator, write)
 
 
 def check_size(size: Size, image_size: int) -> None:

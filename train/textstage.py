@@ -114,7 +114,9 @@ def prepare_base(
         adapters.apply(network, None, config.model.trainable)
     rows = trained_rows(dataset)
     captions, more = captions_of(config, dataset, defenses)
-    settings = config.model.scratch if trained else replace(config.model.scratch, autoencoder_steps=1)
+    settings = (
+        config.model.scratch if trained else replace(config.model.scratch, autoencoder_steps=1, autoencoders=None)
+    )
     # one of each picture: its copies would draw the autoencoder's attention to it. Also of those that a defense removed: their copies
     # are trained on, and arms with and without deduplication begin alike
     everything = np.union1d(dataset.rows("train"), rows)
