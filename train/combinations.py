@@ -54,8 +54,8 @@ def refuse_dropout(model: nn.Module, defenses: list[Defense]) -> None:
         UserError: a defense wants to be told such a comparison, and the network has dropout.
     """
     comparing = [defense.name for defense in defenses if defense.wants]
-    # some layers drop by a function, with their rate in an attribute
-    rates = (module.p if isinstance(module, Dropout) else getattr(module, "dropout", 0) for module in model.modules())
+    # some layers drop by a function, with their rate in an attribute; not by getattr, which diffusers answers from the configuration
+    rates = (module.p if isinstance(module, Dropout) else vars(module).get("dropout") for module in model.modules())
     if comparing and any(isinstance(rate, float) and rate > 0 for rate in rates):
         raise UserError(
             f"defenses.{comparing[0]}",
