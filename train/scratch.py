@@ -135,17 +135,22 @@ def make(
             "vocabulary": len(tokenizer),
             "longest_caption": tokenizer.model_max_length,
         }
-        pipeline = StableDiffusionPipeline(
-            vae=vae.cpu(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sampler_of(schedule),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-        with whole_folder(folder) as temporary:
-            pipeline.save_pretrained(temporary, safe_serialization=True)
-            write_json(temporary / FACTS, facts)
+        save_pipeline(folder, vae, text_encoder, tokenizer, unet, sampler_of(schedule), facts)
         shutil.rmtree(interim, ignore_errors=True)
         return facts
 
     return on_main(accelerator, finish)
+
+
+def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet, scheduler, facts: dict[str, Any]) -> None:
+    """Writes a `StableDiffusionPipeline` with `FACTS` beside it, whole or not at all."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae.cpu(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    with whole_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        write_json(temporary / FACTS, facts)
 
 
 def kept_file(training: AutoencoderTraining, size: str) -> Path | None:
