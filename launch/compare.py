@@ -45,6 +45,8 @@ def main(arguments: cli.Arguments) -> int:
     if whole.config.select is not None:
         return export(whole)
     open_folder(whole)
+    for note in preview.not_comparable(whole):
+        say(f"note: {note}")
     started, before = timestamp(), time.monotonic()
     try:
         outcomes = jobs.run_all(whole.jobs, whole.config.launcher, whole.folder / "logs", say)
