@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,13 @@ class Training:
     picture: dict[str, int]
     unit_of: dict[int, int]
     unit: str
+
+    def by_copies(self) -> dict[int, set[int]]:
+        """Distinct training pictures by how often they occur among the training records, fewest copies first."""
+        found: dict[int, set[int]] = {}
+        for picture, copies in sorted(Counter(self.picture.values()).items(), key=lambda pair: pair[1]):
+            found.setdefault(copies, set()).add(picture)
+        return found
 
 
 @dataclass

@@ -34,7 +34,7 @@ CORRELATION = (
 P_VALUES = {
     "corrected": "versus_reference.verified.p_value_holm alone: Holm's correction over the comparable arms that were tested, for the "
     "difference in pictures that the main attack extracted; and p_value_holm of a fine-tuning attack, over its weights within one run",
-    "descriptive": "all others: the controls of each run, other_attacks, the utility figures, the trend. They describe one run, or one "
+    "descriptive": "all others: by_copies, the controls of each run, other_attacks, the utility figures, the trend. They describe one run, or one "
     "figure; nobody corrected for how many of them there are, so do not pick the smallest",
 }
 SAME_BUDGET = 0.01  # relative difference of images seen that is not worth a word (Poisson batches vary)

@@ -14,7 +14,7 @@ from eval.armfigures import (
     mean_of,
     values_of,
 )
-from eval.arms import Arm, Outcome, UtilityFloor
+from eval.arms import Arm, Outcome, Training, UtilityFloor
 from eval.pairedtests import (
     holm,
     paired_t_test,
@@ -35,7 +35,7 @@ BY_CONSTRUCTION = (
     "none: the filter uses the attack's own score, so that little or nothing is counted behind it by construction; see the "
     "figures with the guard off, and those by correlation"
 )
-NO_TEST = {"p_value": None, "units": None, "units_differing": None, "smallest_p_value": None}
+NO_TEST = {"p_value": None, "units": None, "units_differing": None, "smallest_p_value": None, "by_copies": []}
 
 
 def comparability(
@@ -119,7 +119,31 @@ def _pictures_test(outcomes: list[Outcome], base: list[Outcome]) -> dict[str, An
         "units": len(units),
         "units_differing": differing,
         "smallest_p_value": smallest_sign_flip_p_value(differing),
+        "by_copies": _by_copies(pairs, training),
     }
+
+
+def _by_copies(pairs: list[tuple[Outcome, Outcome]], training: Training) -> list[dict[str, Any]]:
+    """The same test among pictures that occur equally often, fewest copies first: a defense may take away what copies leak and nothing
+    else. Descriptive: nothing corrects for the number of rows.
+
+    Args:
+        pairs: runs of the arm and of the reference, seed by seed.
+    """
+    rows = []
+    for copies, pictures in training.by_copies().items():
+        some = [tuple(each.verified & pictures for each in pair) for pair in pairs]
+        units = unit_differences(some, {picture: training.unit_of[picture] for picture in pictures})
+        counts = {
+            name: sum(len(pair[place]) for pair in some) / len(some)
+            for place, name in enumerate(("mean", "reference_mean"))
+        }
+        differing = sum(value != 0 for value in units.values())
+        p_value = sign_flip_p_value(list(units.values()))
+        rows.append(
+            {"copies": copies, "pictures": len(pictures), **counts, "units_differing": differing, "p_value": p_value}
+        )
+    return rows
 
 
 def adjust(described: list[dict[str, Any]]) -> None:

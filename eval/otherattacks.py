@@ -10,7 +10,6 @@ from typing import Any
 
 from eval.attackwords import primary
 from eval.quoted import lookup
-from eval.wording import beyond_caption
 
 NO_MEAN = ("p_value", "p_value_holm", "auc_ci95", "tpr_ci95")  # parts of a path whose mean over seeds means nothing
 Privacy = dict[str, Any]  # the part of that name of report.json
@@ -85,13 +84,13 @@ def _of(privacy: Privacy, attack: Attack) -> dict[str, Any] | None:
 
 
 def beyond_captions(found: dict[str, Any] | None) -> float | None:
-    """p-value of the control by captions on which a verdict rests (`eval.wording.beyond_caption`), from "captions" of `others`."""
+    """p-value of the control by captions on which the verdict of a run rests, too, from "captions" of `others`: the larger one of
+    Fisher's test and the one among equally many copies; Fisher's alone where that was not made, or where a picture that came back
+    has no counterpart with as many copies."""
     if found is None:
         return None
-    figures = found["figures"]
-    p_value, own = (figures.get(path) for path in STRATIFIED)
-    stratified = {"p_value": p_value, "without_counterpart": {"own": own}}
-    return beyond_caption({"p_value": figures["p_value"], "stratified": stratified})
+    fisher, stratified, alone = (found["figures"][path] for path in ("p_value", *STRATIFIED))
+    return fisher if None in (fisher, stratified) or alone else max(fisher, stratified)
 
 
 def _part(name: str) -> Callable[[Privacy], str | None]:

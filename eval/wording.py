@@ -158,20 +158,6 @@ def captions_sentence(captions: dict[str, Any]) -> str:
     return f"{text}; p = {number(captions['p_value'], 2)} (one-sided, exact)."
 
 
-def beyond_caption(captions: dict[str, Any] | None) -> float | None:
-    """p-value on which the verdict rests: the larger one of Fisher's test and the stratified one; Fisher's alone where a picture
-    that came back has no counterpart with as many copies, of which the stratified test says nothing. None: there is none.
-
-    With this rule the chance of a false "beyond the caption" stays below the level if either all training units have
-    counterparts, or copies came after the sides were drawn.
-    """
-    captions = captions or {}
-    part, fisher = captions.get("stratified"), captions.get("p_value")
-    if fisher is None or not part or part["p_value"] is None or part["without_counterpart"]["own"]:
-        return fisher
-    return max(fisher, part["p_value"])
-
-
 def captions_lacking(extraction: dict[str, Any]) -> str | None:
     """Why a prompted attack has no p-value beyond the caption; None where it has one, or needs none."""
     control = extraction.get("control")

@@ -24,14 +24,14 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from defenses.errors import UserError
-from eval import comparison, comparison_page
+from eval import comparison, comparison_page, comparison_table
 from eval.wording import duration
 from launch import jobs, preview
 from launch.export import export
 from launch.plan import Plan, plan, shown
 from train import cli
 from train.data import Dataset
-from train.files import atomic, write_json
+from train.files import atomic, write_csv, write_json
 from train.runlog import hardware, lock, timestamp, versions
 
 
@@ -45,6 +45,8 @@ def main(arguments: cli.Arguments) -> int:
     if whole.config.select is not None:
         return export(whole)
     open_folder(whole)
+    for note in preview.not_comparable(whole):
+        say(f"note: {note}")
     started, before = timestamp(), time.monotonic()
     try:
         outcomes = jobs.run_all(whole.jobs, whole.config.launcher, whole.folder / "logs", say)
@@ -92,7 +94,7 @@ def record(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str, seconds
 
 
 def report(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None:
-    """comparison.json and comparison.html from the reports of the arms."""
+    """comparison.json, comparison.html and comparison.csv from the reports of the arms."""
     progress = json.loads((whole.folder / "progress.json").read_text())
     given = OmegaConf.to_container(whole.tree)  # unresolved: an ${oc.env:TOKEN} stays a name
     facts = {
@@ -116,6 +118,7 @@ def report(whole: Plan, outcomes: dict[str, jobs.Outcome], started: str) -> None
         facts=facts,
     )
     restricted = any(job.config.data.restricted for job in whole.jobs)
+    write_csv(whole.folder / "comparison.csv", comparison_table.COLUMNS, comparison_table.rows(result))
     comparison_page.render(whole.folder, result, restricted=restricted, images=training_picture)
     write_json(whole.folder / "comparison.json", result)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from defenses.errors import UserError
-from eval.card import loading_code
+from defenses.outputfilter import FOLDER as INDEX_FOLDER
+from defenses.promptperturbation import FOLDER as PERTURBATION
+from eval.card import TEXT_TO_IMAGE, loading_code
 from launch.plan import Job, Plan
 from train.files import atomic, write_json
 
@@ -18,9 +20,16 @@ PRIVATE = (
     f"`{HOLDER}/`: publishing it gives away more than the claim covers."
 )
 OUTPUTS_ONLY = (
-    "This arm protects the outputs, not the weights: whoever gets `model/` can switch the filter off, and `model/output_filter/` "
-    "holds small training pictures. Serve the model; do not hand this folder out."
+    "This arm protects the outputs, not the weights: whoever gets `model/` can leave out what stands before or behind the sampler. "
+    "Serve the model; do not hand this folder out."
 )
+INDEX = "`model/output_filter/` holds small training pictures."
+PERTURBED = """from diffusers import DiffusionPipeline
+from defenses.perturbation import perturbed  # of Deffuse, from its folder
+
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+told = perturbed(pipeline, ["a prompt"], {settings}, num_inference_steps=50)
+images = pipeline(**told, num_inference_steps=50).images"""
 GUARDED = """from diffusers import DiffusionPipeline
 from defenses.outputfilter import load_filter  # of Deffuse, from its folder
 
@@ -34,8 +43,8 @@ import numpy
 from defenses.outputfilter import load_filter  # of Deffuse, from its folder
 
 guard = load_filter("model/output_filter")
-pixels = {pixels}  # uint8 [4, C, H, W]
-withhold = guard.flagged(pixels)  # bool [4]: these must not leave"""
+pixels = {pixels}  # uint8 [n, C, H, W]
+withhold = guard.flagged(pixels)  # bool [n]: these must not leave"""
 TENSOR = "(images * 255).round().to(torch.uint8).numpy()"
 PILLOW = "numpy.stack([numpy.atleast_3d(image).transpose(2, 0, 1) for image in images])"
 
@@ -82,13 +91,11 @@ def _fill(made: Path, job: Job, entry: dict[str, Any]) -> None:
 
 
 def _readme(job: Job, entry: dict[str, Any], report: dict[str, Any], private: bool) -> str:
+    filtered = (job.directory / "model" / INDEX_FOLDER).is_dir()
     notes = [OUTPUTS_ONLY] if entry["protects"] == "outputs" else []
+    notes += [INDEX] if filtered else []
     notes += [PRIVATE] if private else []
-    code = loading_code(report)
-    if entry["protects"] == "outputs":
-        gan = report["model"]["family"] == "gan"
-        plain = not report["model"].get("classes") and not gan
-        code = GUARDED if plain else code + ASKED.format(pixels=PILLOW if gan else TENSOR)
+    code = _code(report, filtered)
     parts = [
         f"# {job.arm}, seed {job.seed}",
         f"What is claimed: `claim.json`; what was measured: `{HOLDER + '/' if private else ''}{CARD}`.",
@@ -97,3 +104,20 @@ def _readme(job: Job, entry: dict[str, Any], report: dict[str, Any], private: bo
         f"```python\n{code}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _code(report: dict[str, Any], filtered: bool) -> str:
+    """Lines that draw images as the arm would: with the embeddings that it would change, and held against its filter.
+
+    Args:
+        filtered: whether the model has an output filter.
+    """
+    code, gan = loading_code(report), report["model"]["family"] == "gan"
+    by_prompts, plain = code == TEXT_TO_IMAGE, not report["model"].get("classes") and not gan
+    perturbation = next((each["settings"] for each in report["defenses"] if each["name"] == PERTURBATION), None)
+    if perturbation is not None:
+        told = {key: perturbation[key] for key in ("target", "steps", "learning_rate")}
+        code = PERTURBED.format(settings=", ".join(f"{key}={value}" for key, value in told.items()))
+    if filtered and plain and not by_prompts:
+        return GUARDED
+    return code + ASKED.format(pixels=PILLOW if gan or by_prompts else TENSOR) if filtered else code

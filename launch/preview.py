@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from defenses import registry
+from defenses.base import Defense
 from eval.wording import duration
 from launch.plan import Job, Plan, shown
 from train import cli, families, textstage
@@ -46,6 +48,8 @@ def show(whole: Plan) -> int:
         for job in whole.jobs
         if job.parent is None and job.seed == whole.config.seeds[0]
     }
+    for note in not_comparable(whole):
+        print(f"note: {note}")
     total, disk = 0.0, 0
     for job in whole.jobs:
         cost = costs[job.parent.arm if job.parent else job.arm]
@@ -67,6 +71,31 @@ def show(whole: Plan) -> int:
         "(timed by a few steps of one process here; copy search, attack and what defenses draw for themselves come on top)"
     )
     return 0
+
+
+def not_comparable(whole: Plan) -> list[str]:
+    """Arms that may run, but whose counts will not be compared (`eval.alike.asked_otherwise`): their prompts follow the arm."""
+    found, reference = [], whole.of(whole.reference)[0]
+    for job in (whole.of(arm)[0] for arm in whole.overrides if arm != whole.reference):
+        generate, attack = job.config.generate, job.config.attack
+        if not families.of(job.config.model).captioned or generate.prompts is not None:
+            continue
+        if attack.captions == "trained" and rewriting(job) != rewriting(reference):
+            why = "attack.captions=trained asks it with captions of its own; original asks all arms alike"
+        elif generate.order == "prefilter" and (job.parent or job) is not (reference.parent or reference):
+            why = (
+                "generate.order=prefilter asks it the prompts that it scores highest itself; copies asks all arms alike"
+            )
+        else:
+            continue
+        found.append(f"{job.arm} will not be comparable: {why}")
+    return found
+
+
+def rewriting(job: Job) -> dict[str, Any]:
+    """Settings of the defenses that rewrite captions before training."""
+    kinds = {name for name, kind in registry.CLASSES.items() if kind.rewrite is not Defense.rewrite}
+    return {name: setting for name in kinds if (setting := getattr(job.config.defenses, name)) is not None}
 
 
 def existing(folder: Path) -> Path:

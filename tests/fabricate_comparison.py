@@ -187,10 +187,11 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
             "smallest_p_value": 0.0078125,
             "smallest_p_value_holm": 0.0547,
             "note": "8 units give no less than p = 0.0547",
+            "by_copies": [_stratum(1, 32, 0.5, 1.5, 3, 0.25), _stratum(12, 8, 1.25, 7.75, 6, 0.03125)],
         }
         if name == "output_filter":
             test |= {"p_value": None, "p_value_holm": None, "smallest_p_value": None, "smallest_p_value_holm": None}
-            test |= {"test": "none: the filter uses the attack's own score", "note": None}
+            test |= {"test": "none: the filter uses the attack's own score", "note": None, "by_copies": []}
         arm["versus_reference"] = {
             "verified": {
                 "differences": differences,
@@ -203,6 +204,11 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
     arm["matched"] = None if name == "none" else _matched(found if name != "output_filter" else [])
     return arm
+
+
+def _stratum(copies: int, pictures: int, mean: float, reference: float, units: int, p_value: float) -> dict[str, Any]:
+    row = {"copies": copies, "pictures": pictures, "mean": mean, "reference_mean": reference}
+    return row | {"units_differing": units, "p_value": p_value}
 
 
 def _matched(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -264,6 +264,32 @@ def test_guards_of_one_training_share_it_alone_and_together(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], []),
+        (["attack.captions=original"], []),
+        (["attack.captions=trained"], ["scrub"]),
+        (["attack.captions=trained", "generate.prompts=PROMPTS"], []),
+        (["generate.order=prefilter"], ["scrub", "dedup"]),
+    ],
+)
+def test_arms_that_will_be_asked_otherwise_are_told_before_any_work(tmp_path, given, told):
+    """Scores follow the weights: of "perturbed", which shares the training of "none", they are the reference's."""
+    (tmp_path / "prompts.txt").write_text("a cat")
+    arms = {
+        "none": [],
+        "scrub": ["defenses.scrub={}"],
+        "dedup": ["defenses.dedup={}"],
+        "perturbed": ["defenses.prompt_perturbation={}"],
+    }
+    base = str(ROOT / "configs" / "emoji64.yaml")
+    given = [text.replace("PROMPTS", str(tmp_path / "prompts.txt")) for text in given]
+    whole = plan(write(tmp_path, base=base, arms=arms, seeds=[0], overrides=[]), ["data.source=x", *given])
+    notes = preview.not_comparable(whole)
+    assert [note.split(" will not be comparable: ")[0] for note in notes] == told
+
+
 def test_a_record_of_every_run_is_its_own_picture(tmp_path):
     """With another factor value the same record id is another picture: each arm's evidence comes from its own data."""
     for name, level in (("one", 10), ("two", 200)):

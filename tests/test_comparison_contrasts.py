@@ -146,6 +146,38 @@ def test_paired_test_by_hand(compared):
     assert compared[1]["none"]["versus_reference"] is None
 
 
+def test_paired_test_among_equally_many_copies_by_hand(compared):
+    """Four pictures have four copies: none leaks all of them twice, dedup 2 and 3, then 2. They are units {0..3} and pairs, so that unit
+    {0..3} alone differs, by 8 - 3: p = 1. The others: units {4, 5} to {12, 13}, five, all one way: 2 of 32 patterns."""
+    rows = compared[1]["dedup"]["versus_reference"]["verified"]["by_copies"]
+    once = {"copies": 1, "pictures": 20, "mean": 0, "reference_mean": 9, "units_differing": 5, "p_value": 2 / 32}
+    often = {"copies": 4, "pictures": 4, "mean": 1.5, "reference_mean": 4, "units_differing": 1, "p_value": 1}
+    assert rows == [pytest.approx(once), pytest.approx(often)]
+    assert compared[1]["filter"]["versus_reference"]["verified"]["by_copies"] == []
+
+
+def test_a_defense_that_takes_away_copies_alone_shows_among_them(planted):
+    """As deduplication did on emoji: repeated pictures no longer leak, others leak instead. In all: no difference."""
+    arms, options = planted
+    once = list(range(4, 24, 2))  # one of every pair: ten independent pictures without a copy
+    for arm, leaked in (("none", [0, 1, 2, 3, *once[:5]]), ("dedup", once[1:10])):
+        for run in arms[arm].runs:
+            record_of = {picture: record for record, picture in read_training(run.manifest).picture.items()}
+            rest = iter(leaked)
+
+            def leak(row, rest=rest, record_of=record_of):
+                found = next(rest, None)
+                return row | (
+                    {"verified": "false"} if found is None else {"record_id": record_of[found], "verified": "true"}
+                )
+
+            rewrite(run.directory / "attack" / "matches.csv", leak)
+            edit_report(run, "privacy.extraction.verified", len(leaked))
+    test = assemble([arms["none"], arms["dedup"]], **options)["arms"][1]["versus_reference"]["verified"]
+    assert test["mean"] == 0 and test["p_value"] == 1
+    assert [row["mean"] - row["reference_mean"] for row in test["by_copies"]] == [4, -4]
+
+
 def test_other_data_have_no_paired_test(planted):
     arms, options = planted
     for run in arms["dedup"].runs:

@@ -1,5 +1,6 @@
 """Comparisons of prompted arms and of the attacks beside the main one: what is compared, what stands at which path, what is absent."""
 
+import csv
 import dataclasses
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from eval import comparison_table
 from eval.arms import read_training
 from eval.comparison import assemble
 from eval.comparison_page import render
@@ -18,6 +20,7 @@ from tests.comparisons import SEEDS, edit_report, write_comparison
 from tests.fabricate_attacks import fabricate_attacks
 from tests.test_comparison import at
 from tests.test_report import Page
+from train.files import write_csv
 
 CAPTIONS = {"prompts": 12, "candidates": 9, "verified": 1, "pictures": 8, "tested": 9, "own": 1, "reason": None}
 CAPTIONS |= {"training": {"prompts": 12, "candidates": 9, "tested": 11, "own": 7, "verified": 7}, "p_value": 0.0123}
@@ -201,6 +204,29 @@ def test_every_number_of_another_attack_is_in_the_report(planted, tmp_path):
     assert figures["risk"]["figures"]["by_copies.0.recognised.rate"] == pytest.approx(1 / 3)
 
 
+def test_the_table_has_every_number_of_every_run(planted, tmp_path):
+    """Read back as a spreadsheet would: each number of report.json at its path, none of what was not measured."""
+    result, _ = attacked(planted, tmp_path)
+    write_csv(tmp_path / "comparison.csv", comparison_table.COLUMNS, comparison_table.rows(result))
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["arm"], row["seed"], row["path"]) for row in rows}) == len(rows) > 700
+    assert {(row["arm"], row["seed"]) for row in rows} == {
+        (arm.name, str(run.seed)) for arm in planted[0].values() for run in arm.runs if run.status == "done"
+    }
+    reports = {
+        (arm.name, str(run.seed)): json.loads((run.directory / "report.json").read_text())
+        for arm in planted[0].values()
+        for run in arm.runs
+        if run.status == "done"
+    }
+    for row in rows:
+        assert float(row["value"]) == pytest.approx(at(reports[row["arm"], row["seed"]], row["path"]), rel=1e-5)
+    paths = {row["path"] for row in rows if (row["arm"], row["seed"]) == ("none", "0")}
+    assert {"privacy.membership.1.auc", "privacy.extraction.control.captions.p_value", "utility.kid"} <= paths
+    assert not [row for row in rows if row["arm"] == "dedup" and row["path"].startswith("privacy.membership")]
+
+
 def test_mean_and_range_over_the_seeds(planted, tmp_path):
     _, arms = attacked(planted, tmp_path)
     found = arms["none"]["other_attacks"]
@@ -253,3 +279,4 @@ def test_the_page_quotes_them(planted, tmp_path):
     )  # three arms have one of eight columns; recall at a tenth is not in the report
     assert "Not measured in any arm: Canaries of DP-SGD." in part and "guard OFF" in part
     assert "Not comparable: asked otherwise than none" in page.source
+    assert "does not tell from chance, or from what captions bring back</h3>" in page.source  # the filter's single hits
