@@ -11,7 +11,13 @@ S on the sides is equally likely. The number of S = 1 on the training side is th
 however the distances are distributed, and for unequal sides: p = P(X >= observed), Fisher's exact test (Fisher 1935), which is the
 permutation test of whole units with all permutations.
 
-So the picture must be the caption's own: the nearest of many training pictures would be nearer than the nearest of few held-out
+Captions are not asked at random: on either side those of the most copied pictures come first, and a training split has more of them. If
+often copied pictures are also easier to draw from their captions, Fisher's test calls that memory. So the test is made once more among
+pictures with equally many copies (`eval.stratified`), which holds whatever copies do to S. It says nothing of training pictures
+that are copied more often than any held-out one, such as planted copies: for these Fisher's test alone speaks, and it is exact only if being
+copied came after the sides were drawn and fell on any picture alike.
+
+The picture must be the caption's own: the nearest of many training pictures would be nearer than the nearest of few held-out
 ones. And the caption must be of one unit: one that several units share says nothing about any of them, and is trained
 on if one of them is.
 """
@@ -31,10 +37,13 @@ from defenses.neighbours import search_sharded, views
 from eval.control import Rule, drawn_sides
 from eval.generations import Generations
 from eval.pictures import Pictures
-from eval.prompted import candidates_of, clique_size, examine, nearest_rule
+from eval.prompted import candidates_of, examine, nearest_rule
+from eval.stratified import Outcomes, Stratum, p_value, strata
 from train.data import Dataset
 
 TEST = "Fisher's exact test of whole units, one-sided"
+STRATIFIED = "exact conditional test of whole units, stratified by the number of copies, one-sided"
+_APART = "no held-out picture whose caption was asked has as many copies as a training picture"
 _PIXELS = 2**22  # of the candidates that are compared at once
 
 
@@ -140,7 +149,7 @@ def compare(
     """
     found = heldout_candidates(control, heldout, settings_of(config), accelerator)
     rule, device = nearest_rule(config.attack.extraction), accelerator.device if accelerator else "cpu"
-    sides: dict[str, Any] = {}
+    sides: dict[str, Outcomes] = {}
     for split, texts, flagged in (("train", control.attacked, candidates), ("heldout", control.prompts, found)):
         image = {int(name): candidate for name, candidate in flagged.items()}
         sides[split] = outcomes(split, texts, image, control.known, dataset, rule, device)
@@ -148,14 +157,14 @@ def compare(
     images = np.stack(list(found.values())) if found else np.zeros((0, *heldout.images.shape[1:]), np.uint8)
     rows = heldout.subset(ids)
     near = search_sharded(images, rows, heldout.picture[rows.rows], 1, accelerator=accelerator).distinct
-    p_value, reason = None, None
+    fisher, reason = None, None
     if not config.data.exchangeable():
         reason = "the held-out pictures are not drawn like the training pictures"
-    elif not len(sides["train"]) or not len(sides["heldout"]):
+    elif not len(sides["train"].own) or not len(sides["heldout"].own):
         reason = "no attacked caption belongs to one training picture or person alone"
     else:
-        p_value = exact_p_value(sides["train"], sides["heldout"])
-    counts = {split: {"tested": len(own), "own": int(own.sum())} for split, own in sides.items()}
+        fisher = exact_p_value(sides["train"].own, sides["heldout"].own)
+    counts = {split: {"tested": len(side.own), "own": int(side.own.sum())} for split, side in sides.items()}
     return {
         "prompts": len(control.prompts),
         "pictures": len(ids),
@@ -163,26 +172,51 @@ def compare(
         "verified": len(rule.verified(near)),
         **counts["heldout"],
         "training": {"prompts": len(control.attacked), "candidates": len(candidates), **counts["train"]},
-        "p_value": p_value,
+        "p_value": fisher,
         "reason": reason,
         "unit": "group" if training.grouped or heldout.grouped else "picture",
         "test": TEST,
+        "stratified": stratified(strata(sides["train"], sides["heldout"]), reason),
+    }
+
+
+def stratified(parts: list[Stratum], reason: str | None) -> dict[str, Any]:
+    """report.json, ``privacy.extraction.control.captions.stratified``.
+
+    Args:
+        reason: why there is no p-value at all; None: there may be one.
+
+    Returns:
+        ``without_counterpart``: training units with another number of copies than any held-out unit, of which the test says nothing.
+    """
+    value = None if reason else p_value(parts)
+    alone = [part for part in parts if not part.heldout]
+    return {
+        "p_value": value,
+        "reason": reason or (_APART if value is None else None),
+        "test": STRATIFIED,
+        "strata": [
+            {"copies": part.kind, "tested": part.heldout, "own": part.heldout_own}
+            | {"training": {"tested": part.training, "own": part.training_own}}
+            for part in parts
+        ],
+        "without_counterpart": {
+            "tested": sum(part.training for part in alone),
+            "own": sum(part.training_own for part in alone),
+        },
     }
 
 
 def heldout_candidates(
     control: CaptionControl, heldout: Pictures, config: SimpleNamespace, accelerator: Any = None
 ) -> dict[str, np.ndarray]:
-    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already. Where a defense
-    left too few images of every prompt for a clique, there are none."""
+    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already."""
     images = control.images
     if images.streamed is not None:
         return candidates_of(images.streamed.findings)
     read = partial(images.read, image_size=config.data.image_size, channels=config.data.channels)
-    extraction = config.attack.extraction
-    enough = [(name, files) for name, files in images.groups if len(files) >= clique_size(extraction, len(files))]
-    groups = [(name, files, partial(read, files)) for name, files in enough]
-    return candidates_of(examine(groups, heldout, extraction, accelerator)[0])
+    groups = [(name, files, partial(read, files)) for name, files in images.groups]
+    return candidates_of(examine(groups, heldout, config.attack.extraction, accelerator)[0])
 
 
 def outcomes(
@@ -193,8 +227,9 @@ def outcomes(
     dataset: Dataset,
     rule: Rule,
     device: Any,
-) -> np.ndarray:
-    """S of every unit of one side that a prompt describes alone, bool [U]; of several prompts of a unit the first counts.
+) -> Outcomes:
+    """S of every unit of one side that a prompt describes alone, and how often its picture occurs; of several prompts of a unit the first
+    counts, which is that of its most copied picture.
 
     Args:
         image: candidate of each flagged prompt, by its place in ``texts``, uint8 [C, H, W].
@@ -216,7 +251,8 @@ def outcomes(
         unit, place, row = (list(column) for column in zip(*pairs[start : start + step], strict=True))
         distance = distances(np.stack([image[each] for each in place]), dataset.images[row], device)
         own[np.array(unit)[rule.score(distance[:, None]) <= 1]] = True
-    return own
+    copies = [max(dataset.records[row].copies for row in owner.rows) for _, owner in chosen.values()]
+    return Outcomes(own, np.array(copies, dtype=np.int64))
 
 
 def distances(candidates: np.ndarray, pictures: np.ndarray, device: Any = "cpu") -> np.ndarray:
