@@ -13,17 +13,9 @@ from accelerate import Accelerator
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval import stage, stratified
-from eval.captioncontrol import (
-    CaptionControl,
-    compare,
-    distances,
-    exact_p_value,
-    heldout_candidates,
-    outcomes,
-    owners,
-    plan,
-)
-from eval.captioncontrol import stratified as caption_strata
+from eval.captioncontrol import CaptionControl, compare, heldout_candidates, plan
+from eval.captionunits import distances, exact_p_value, outcomes, owners
+from eval.captionunits import stratified as caption_strata
 from eval.control import Rule, control
 from eval.generations import Generations, file_of, write
 from eval.promptrecords import PromptFinding
