@@ -1,6 +1,7 @@
 """The attack on the fine-tuning beside held-out captions: memory of captions is found, obedience to captions is not taken for it."""
 
 import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -72,9 +73,11 @@ def test_remembered_captions_are_found_and_their_number_is_that_of_the_images(tm
     report = attacked(tmp_path, monkeypatch, range(8), data=data)
     for weight, entry in zip(("w-1", "w-3"), report["weights"], strict=True):
         own = []
-        for where, first in (("finetuning", 0), ("finetuning_control", 8)):
-            folders = [tmp_path / "out" / where / weight / f"{place:05d}" for place in range(8)]
-            own.append(sum(copies(folder, data.images[first + place]) >= 2 for place, folder in enumerate(folders)))
+        for where, rows in (("finetuning", range(8)), ("finetuning_control", range(8, 16))):
+            folder = tmp_path / "out" / where / weight
+            asked = [int(text.split()[1]) for text in json.loads((folder / "settings.json").read_text())["prompts"]]
+            assert sorted(asked) == list(rows)
+            own.append(sum(copies(folder / f"{n:05d}", data.images[row]) >= 2 for n, row in enumerate(asked)))
         found = entry["captions"]
         assert [found["training"]["own"], found["own"]] == own
         assert (found["prompts"], found["tested"], found["training"]["tested"], found["unit"]) == (8, 8, 8, "picture")
@@ -112,7 +115,7 @@ def test_how_many_held_out_captions_and_why_none(tmp_path, monkeypatch):
     small = {"steps": 2, "per_prompt": 2, "permutations": 9}
     report = attacked(tmp_path / "a", monkeypatch, [0], control_prompts=3, **small)
     assert {entry["captions"]["prompts"] for entry in report["weights"]} == {3}
-    assert len(drawn) == 2 * 2 * (8 + 3) and {f"picture {row}" for row in (8, 9, 10)} <= set(drawn)
+    assert len(drawn) == 2 * 2 * (8 + 3) and len({f"picture {row}" for row in range(8, 16)} & set(drawn)) == 3
     again = attacked(tmp_path / "a", monkeypatch, [0], control_prompts=3, **small)
     assert len(drawn) == 44 and again == report
     reasons = (
