@@ -32,8 +32,8 @@ from train.runlog import RunDirectory, hardware, timestamp, versions
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [
-    "prompt", "generations", "withheld", "edges", "clique_size", "flagged", "exact", "mean_distance", "medoid", "record_id", "l2",
-    "verified",
+    "prompt", "generations", "edges", "clique_size", "flagged", "exact", "mean_distance", "medoid", "record_id", "l2", "verified",
+    "withheld",
 ]  # fmt: skip
 
 

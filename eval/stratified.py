@@ -3,7 +3,7 @@
 In stratum s there are N_s units, n_s of them on the training side, and K_s with S = 1. If within each stratum every way to put the
 units on the sides is equally likely, then, given these numbers, the S = 1 on the training side are independent hypergeometric
 X_s ~ H(N_s, K_s, n_s), and their sum is what Mantel and Haenszel (1959) compare with its mean. Its distribution is the convolution of
-theirs, so p = P(sum X_s >= observed) is exact (Birch 1964; Cox 1970, section 5.3): Fisher's test where there is one stratum. A stratum with
+theirs, so p = P(sum X_s >= observed) is exact (Birch 1964; Cox 1970): Fisher's test where there is one stratum. A stratum with
 one side alone has X_s = K_s in every permutation: it says nothing, and changes nothing.
 """
 
@@ -41,18 +41,13 @@ class Outcomes:
 
 def strata(training: Outcomes, heldout: Outcomes) -> list[Stratum]:
     """Counts of every kind that occurs, descending by kind."""
-    kinds = np.unique(np.concatenate([training.kind, heldout.kind]))[::-1]
-    return [
-        Stratum(
-            int(kind),
-            *(
-                int(n)
-                for side in (training, heldout)
-                for n in (sum(side.kind == kind), sum(side.own[side.kind == kind]))
-            ),
-        )
-        for kind in kinds
-    ]
+
+    def counts(side: Outcomes, kind: int) -> tuple[int, int]:
+        own = side.own[side.kind == kind]
+        return len(own), int(own.sum())
+
+    kinds = np.unique(np.concatenate([training.kind, heldout.kind]))[::-1].tolist()
+    return [Stratum(kind, *counts(training, kind), *counts(heldout, kind)) for kind in kinds]
 
 
 def p_value(parts: Sequence[Stratum]) -> float | None:

@@ -13,6 +13,7 @@ from PIL import Image
 from defenses.errors import UserError
 from eval import run as evaluation
 from eval import stage
+from tests.pipelines import stable_diffusion
 from tests.small import OVERRIDES
 from train import cli
 from train import run as training
@@ -300,14 +301,14 @@ def test_a_defense_of_prompts_needs_a_model_with_prompts(folders, tmp_path):
 
 def test_a_foreign_text_pipeline_behind_a_defense_of_prompts(folders, tmp_path):
     """The images change, the bare model's are those without the defense, and the report names it."""
-    text_pipeline(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("an x-ray\na heart\n")
+    stable_diffusion(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a chest\nleft lung\n")
     common = (
         f"pipeline={tmp_path / 'model'}", f"data.source={folders[0]}", f"generate.prompts={tmp_path / 'prompts.txt'}",
-        "generate.per_prompt=4", f"run.output_dir={tmp_path}",
+        "generate.per_prompt=4", f"run.output_dir={tmp_path}", "data.channels=3", "generate.guidance_scale=100",
     )  # fmt: skip
     evaluate(*common, "run.name=plain")
-    defense = "defenses.prompt_perturbation={target: 1e-6, steps: 2, learning_rate: 1.0}"
+    defense = "defenses.prompt_perturbation={target: 1e-6, steps: 5, learning_rate: 0.02}"
     report = evaluate(*common, defense, "run.name=guarded")
     (entry,) = report["defenses"]
     assert entry["name"] == "prompt_perturbation" and entry["settings"]["target"] == 1e-6
