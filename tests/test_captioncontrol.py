@@ -12,18 +12,17 @@ from accelerate import Accelerator
 
 from defenses.base import Defense
 from defenses.errors import UserError
-from eval import stage, stratified
+from eval import stage
 from eval.captioncontrol import CaptionControl, compare, heldout_candidates, plan
 from eval.captionunits import distances, exact_p_value, outcomes, owners
-from eval.captionunits import stratified as caption_strata
 from eval.control import Rule, control
 from eval.generations import Generations, file_of, write
 from eval.promptrecords import PromptFinding
-from eval.stratified import Outcomes, Stratum, strata
+from eval.report import ReportConfig, render
+from eval.stratified import Stratum, strata
 from eval.target import Target, pictures_of
 from eval.verdict import verdict
-from eval.wording import beyond_caption
-from tests.fabricate import fabricate_report
+from tests.fabricate import Fabricated, fabricate_report
 from tests.reference import brute_force, fabricated
 from tests.small import small_config
 from tests.test_stream import Planted, settings
@@ -64,115 +63,6 @@ def test_the_p_value_counts_all_permutations(training, heldout):
     pool, observed = np.concatenate(sides), sides[0].sum()
     ways = [pool[list(chosen)].sum() >= observed for chosen in itertools.combinations(range(len(pool)), len(training))]
     assert exact_p_value(*sides) == pytest.approx(np.mean(ways), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "shape", [[(2, 3, 1, 2)], [(3, 2, 2, 1), (2, 3, 1, 1), (4, 0, 3, 0)], [(1, 4, 1, 0), (3, 3, 2, 1)]]
-)
-def test_the_stratified_p_value_counts_all_permutations_within_strata(shape):
-    """Brute force: every way to put the units of every stratum on the sides, all equally likely. (n, n held out, S = 1 of either)."""
-    parts, ways = [], []
-    for kind, (n, m, own, other) in enumerate(shape):
-        parts.append(Stratum(kind, n, own, m, other))
-        pool = np.r_[np.arange(n) < own, np.arange(m) < other]
-        ways.append([pool[list(chosen)].sum() for chosen in itertools.combinations(range(n + m), n)])
-    totals = np.array([sum(each) for each in itertools.product(*ways)])
-    assert stratified.p_value(parts) == pytest.approx(
-        np.mean(totals >= sum(part.training_own for part in parts)), rel=1e-12
-    )
-
-
-def test_a_published_example_of_the_stratified_test():
-    """Penicillin and rabbits (Agresti 1990, pages 231 to 237): R's mantelhaen.test(exact=TRUE) has p = 0.020 one-sided."""
-    cured = [
-        (6, 0, 5, 0),
-        (6, 3, 6, 0),
-        (6, 6, 6, 2),
-        (6, 5, 6, 6),
-        (2, 2, 5, 5),
-    ]  # at once: all, cured; later: all, cured
-    assert round(stratified.p_value([Stratum(level, *row) for level, row in enumerate(cured)]), 3) == 0.020
-
-
-def test_one_stratum_is_fishers_test_and_strata_of_one_side_say_nothing():
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        training, heldout = random.random(random.integers(1, 40)) < 0.5, random.random(random.integers(1, 40)) < 0.3
-        one = Stratum(1, len(training), int(training.sum()), len(heldout), int(heldout.sum()))
-        alone = [Stratum(40, 8, 8, 0, 0), Stratum(3, 0, 0, 5, 2)]
-        assert stratified.p_value([one]) == pytest.approx(exact_p_value(training, heldout), rel=1e-9)
-        assert stratified.p_value([one, *alone]) == stratified.p_value([one])
-    assert stratified.p_value(alone) is None
-
-
-def sides_of(random, copies, chance, training: int, asked: int, learnt: float = 0.0) -> list[Outcomes]:
-    """Units put on the sides at random, of each side the ``asked`` most copied ones: S = 1 by chance[copies], and of training units
-    with the probability ``learnt`` too."""
-    order = random.permutation(len(copies))
-    found = []
-    for rows, share in ((order[:training], learnt), (order[training:], 0.0)):
-        rows = rows[np.argsort(-copies[rows], kind="stable")][:asked]
-        own = (random.random(len(rows)) < chance[copies[rows]]) | (random.random(len(rows)) < share)
-        found.append(Outcomes(own, copies[rows]))
-    return found
-
-
-def rejected(found: list[list[Outcomes]]) -> tuple[float, float]:
-    """Share of p-values up to 0.05: of Fisher's test, of the stratified one (without one: not rejected)."""
-    fisher = [exact_p_value(training.own, heldout.own) for training, heldout in found]
-    parts = [stratified.p_value(strata(*sides)) for sides in found]
-    return np.mean(np.array(fisher) <= 0.05), np.mean([value is not None and value <= 0.05 for value in parts])
-
-
-def test_pictures_that_are_copied_and_easy_to_draw_accuse_nobody_by_the_stratified_test():
-    """A model that knows captions alone, and draws often copied pictures (logos) from them more easily. 400 training units, 80 held out:
-    the 40 prompts of either side are not alike in copies."""
-    random, limit = np.random.default_rng(1), 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
-    chance = np.array([0, 0.1, 0.5, 0.9])
-    copies = np.repeat([1, 2, 3], [380, 60, 40])
-    fisher, within = rejected([sides_of(random, copies, chance, 400, 40) for _ in range(400)])
-    assert fisher > 0.5 and within <= limit
-    fisher, within = rejected([sides_of(random, copies, chance, 400, 40, learnt=0.7) for _ in range(100)])
-    assert within > 0.3  # and memory is still found
-    alike = [sides_of(random, copies, chance, 240, 240) for _ in range(400)]  # all captions of both sides
-    assert max(rejected(alike)) <= limit
-
-
-def test_copies_that_were_planted_afterwards_leave_fishers_test_exact():
-    """Eight of 80 training units are repeated 40 times, whichever they are: asked first, without counterpart."""
-    random, found = np.random.default_rng(2), {0.0: [], 0.9: []}
-    for learnt, runs in found.items():
-        for _ in range(400):
-            base = sides_of(random, np.ones(160, dtype=np.int64), np.array([0, 0.3]), 80, 80)
-            planted = Outcomes(
-                base[0].own[:40] | (np.arange(40) < 8) & (random.random(40) < learnt), np.repeat([40, 1], [8, 32])
-            )
-            runs.append([planted, Outcomes(base[1].own[:40], base[1].kind[:40])])
-    limit = 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
-    assert max(rejected(found[0.0])) <= limit
-    fisher, within = rejected(found[0.9])
-    assert fisher > 0.15 > limit >= within  # the stratified test knows nothing of the planted ones
-    report = caption_strata(strata(*found[0.9][0]), None)
-    assert report["without_counterpart"] == {"tested": 8, "own": int(found[0.9][0][0].own[:8].sum())}
-
-
-def test_why_there_is_no_stratified_p_value():
-    report = caption_strata([Stratum(40, 8, 8, 0, 0), Stratum(1, 0, 0, 8, 0)], None)
-    assert report["p_value"] is None and "as many copies" in report["reason"]
-    assert report["without_counterpart"] == {"tested": 8, "own": 8}
-    report = caption_strata([Stratum(1, 8, 8, 8, 0)], "the sides differ")
-    assert (report["p_value"], report["reason"]) == (None, "the sides differ")
-    assert report["strata"] == [{"copies": 1, "tested": 8, "own": 0, "training": {"tested": 8, "own": 8}}]
-
-
-@pytest.mark.parametrize(
-    ("fisher", "within", "alone", "expected"),
-    [(0.01, 0.3, 0, 0.3), (0.3, 0.01, 0, 0.3), (0.01, 1.0, 8, 0.01), (0.01, None, 0, 0.01), (None, None, 0, None)],
-)
-def test_which_of_both_the_verdict_rests_on(fisher, within, alone, expected):
-    part = {"p_value": within, "without_counterpart": {"tested": 8, "own": alone}}
-    assert beyond_caption({"p_value": fisher, "stratified": part}) == expected
-    assert beyond_caption({"p_value": fisher}) == fisher and beyond_caption(None) is None  # reports of before
 
 
 def artist_run(seed: int, remembered: int = 0, fitted: int = 0) -> tuple[Dataset, dict, dict]:
@@ -401,6 +291,55 @@ def test_a_leak_must_be_beyond_the_caption_too(p_value, beyond, level, words):
     assert "of 8 training pictures with a caption of their own, 6 came" in text
     assert ("is not known: captions" in text) == (beyond is None)
     assert ("never saw gave no p-value, because so." in text) == (beyond is None)
+
+
+@pytest.mark.parametrize(
+    ("within", "alone", "level"), [(0.0377, 0, "leak"), (0.4321, 0, "unclear"), (1.0, 5, "leak"), (None, 6, "leak")]
+)
+def test_the_page_tells_both_p_values_and_what_each_leaves_out(within, alone, level, tmp_path):
+    """Fisher's 0.0123 in all cases; reports of before have no ``stratified``."""
+    run = Fabricated(tmp_path / "run")
+    extraction = run.report["privacy"]["extraction"]
+    strata = [{"copies": 7, "tested": 0 if alone else 4, "own": 0, "training": {"tested": 9, "own": 6}}]
+    strata += [{"copies": 1, "tested": 23, "own": 1, "training": {"tested": 21, "own": 2}}]
+    counterpart = {"tested": 9 if alone else 0, "own": alone}
+    part = {
+        "p_value": within,
+        "reason": None if within else "nobody is like them",
+        "strata": strata,
+        "without_counterpart": counterpart,
+    }
+    captions = {
+        "prompts": 27, "pictures": 31, "candidates": 1, "verified": 1, "tested": 27, "own": 1, "p_value": 0.0123, "reason": None,
+        "unit": "picture", "training": {"prompts": 30, "candidates": 8, "tested": 30, "own": 8, "verified": 5},
+    }  # fmt: skip
+    extraction |= {"protocol": "prompted", "prompts": 30, "withheld": {"images": 1357, "prompts": 13, "reason": None}}
+    pages = []
+    for more in ({}, {"stratified": part}):
+        extraction["control"]["captions"] = captions | more
+        render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())
+        pages.append(" ".join((run.folder / "report.html").read_text().split()))
+    assert (
+        "Beyond the caption: p = 0.012 (Fisher's test, one-sided)." in pages[0]
+        and "equally many copies" not in pages[0]
+    )
+    assert "A defense withheld 1,357 images; of 13 of 30 prompts it left too few for a clique" in pages[0]
+    said = (
+        f"p = {within:.2g} (one-sided, exact whatever copies do)"
+        if within
+        else "no p-value, because nobody is like them"
+    )
+    assert f"Among pictures with equally many copies: {said}" in pages[1]
+    assert '<tr><td class="n">7</td><td class="n">9</td><td class="n">6</td>' in pages[1]
+    assert (
+        f"9 training pictures, {alone} of them back, have a number of copies that no held-out one has" in pages[1]
+    ) == (alone > 0)
+    outcome = verdict(run.report)
+    sentence = " ".join(outcome["sentences"])
+    assert (f"{alone} of those that came back have a number of copies that no held-out one has" in sentence) == (
+        alone > 0
+    )
+    assert outcome["level"] == level and "p = 0.012 (Fisher's test, one-sided)" in sentence
 
 
 def test_prompts_of_which_a_guard_left_too_little_for_a_clique_are_no_candidates(tmp_path):
