@@ -25,8 +25,8 @@ import torch
 
 from defenses.neighbours import search
 from eval.cliques import largest_clique
-from eval.prompted import NearestGenerations, tiled_l2
-from eval.promptrecords import PromptRecords
+from eval.prompted import tiled_l2
+from eval.promptrecords import NearestGenerations, PromptRecords
 
 SEARCHED = 16  # pictures of a search that is measured
 

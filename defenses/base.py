@@ -292,6 +292,8 @@ class Defense(ABC):
 
     ``needs_captions``: it works on captions, or on what they do to the prediction. Refused with a model that has no text.
 
+    ``needs_calibration``: seam 6 looks at calibration pictures. Refused with a model of others, of which there are none.
+
     ``wants``: names of what the objective is to write into ``batch.told`` beside the loss, for seam 3: ``text_magnitude``, the
     l2 norm over all latent dimensions of the difference that the caption makes to the predicted noise, float32 [B].
     """
@@ -301,6 +303,7 @@ class Defense(ABC):
     after_training = False
     remembers = False
     needs_captions = False
+    needs_calibration = False
     wants: tuple[str, ...] = ()
 
     def select(self, pool: Pool) -> list[Removal]:

@@ -49,10 +49,12 @@ class OutputFilter(Defense):
 
     name = "output_filter"
     after_training = True
+    needs_calibration = True
 
     def __init__(self, config: OutputFilterConfig):
         self.config = config
         self._guard: Guard | None = None
+        self._pool: Pool | None = None  # what the guard was built from
         self._log: DrawLog | None = None
 
     def begin(self, context: RunContext) -> None:
@@ -74,7 +76,8 @@ class OutputFilter(Defense):
         conformal_threshold(np.zeros(len(rows)), unit, self.config.false_alarm_rate)
 
     def wrap_sampler(self, sampler: Sampler, context: SamplingContext) -> Sampler:
-        """Builds and saves the index, on all ranks, and returns the guarded sampler.
+        """Builds and saves the index, on all ranks, and returns the guarded sampler. Another sampler of the same pool, such as that of
+        held-out captions, is guarded by the same index.
 
         Every image is a function of its sample index: attempt a of image i is sample index i + (a + 1) *
         `FIRST_PRIVATE_INDEX` under the same label or prompt. Those drawn anew share a pass, so for another block size they
@@ -83,15 +86,16 @@ class OutputFilter(Defense):
         Raises:
             UserError: see `check`.
         """
-        self.check(context.pool, context.control)
-        self._guard = build_guard(self.config, context)
         records = (context.folder if context.records is None else context.records) / FOLDER
-        on_main(context.accelerator, lambda: save_filter(context.folder / FOLDER, self._guard))
-        self._log = DrawLog(records, context.accelerator.process_index)
-        device = context.accelerator.device
+        if self._pool is not context.pool:
+            self.check(context.pool, context.control)
+            self._guard, self._pool = build_guard(self.config, context), context.pool
+            on_main(context.accelerator, lambda: save_filter(context.folder / FOLDER, self._guard))
+        log = self._log = DrawLog(records, context.accelerator.process_index)
+        guard, device = self._guard, context.accelerator.device
 
         def guarded(indices: Sequence[int], conditions: Sequence[Any] | None = None) -> torch.Tensor:
-            watch = _Watch(self._guard, device)
+            watch = _Watch(guard, device)
             images = sampler(indices, conditions).clone()
             near, redraws = watch(images), np.zeros(len(images), dtype=np.int64)
             for attempt in range(1, self.config.attempts + 1):
@@ -103,7 +107,7 @@ class OutputFilter(Defense):
                 images[rows] = sampler(anew, None if conditions is None else [conditions[row] for row in rows])
                 redraws[rows], near[rows] = attempt, watch(images[rows])
             images[near] = torch.nan
-            self._log.add(indices, conditions, redraws, near, watch.seconds)
+            log.add(indices, conditions, redraws, near, watch.seconds)
             return images
 
         return guarded

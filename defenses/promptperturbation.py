@@ -50,6 +50,7 @@ class PromptPerturbation(Defense):
 
     name = FOLDER
     after_training = True
+    needs_captions = True
 
     def __init__(self, config: PromptPerturbationConfig):
         self.config = config
@@ -68,19 +69,19 @@ class PromptPerturbation(Defense):
         if model is None:
             raise UserError(f"defenses.{self.name}", "needs a text-to-image model", "switch it off")
         records = (context.folder if context.records is None else context.records) / FOLDER
-        self._log = _Log(records, context.accelerator.process_index)
+        log = self._log = _Log(records, context.accelerator.process_index)
 
         def perturbing(indices: Sequence[int], conditions: Sequence[str | TextCondition]) -> torch.Tensor:
             changed: list[str | TextCondition] = []
             for start in range(0, len(indices), self.config.batch_size):
                 part = slice(start, start + self.config.batch_size)
-                changed += self._changed(model, list(indices[part]), list(conditions[part]))
+                changed += self._changed(model, log, list(indices[part]), list(conditions[part]))
             return sampler(indices, changed)
 
         return perturbing
 
     def _changed(
-        self, model: TextModel, indices: list[int], conditions: list[str | TextCondition]
+        self, model: TextModel, log: "_Log", indices: list[int], conditions: list[str | TextCondition]
     ) -> list[str | TextCondition]:
         """What the sampler is told in place of the conditions of some images."""
         began = time.perf_counter()
@@ -92,7 +93,7 @@ class PromptPerturbation(Defense):
             target=self.config.target, steps=self.config.steps, learning_rate=self.config.learning_rate,
             pooled=pooled, null_pooled=null_pooled,
         )  # fmt: skip
-        self._log.add(indices, prompts, found, time.perf_counter() - began)
+        log.add(indices, prompts, found, time.perf_counter() - began)
         return [
             TextCondition(prompts[row], found.text[row], None if pooled is None else pooled[row])
             if updates

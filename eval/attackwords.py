@@ -3,7 +3,7 @@
 from typing import Any
 
 from eval.entries import PRIMARY
-from eval.wording import percent
+from eval.wording import captions_sentence, percent
 
 NAMES = {
     "loss": "loss, one draw of noise",
@@ -76,11 +76,18 @@ def _unequal(privacy: dict[str, Any]) -> bool:
 
 def finetuning_evidence(privacy: dict[str, Any]) -> bool:
     """Whether candidates of some weight are training pictures beyond what the control finds by chance (p <= 0.05, adjusted for the
-    number of weights)."""
+    number of weights), and of the control by captions where there is one."""
     entries = (privacy.get("finetuning") or {}).get("weights") or []
     return any(
-        entry["verified"] and entry["p_value_holm"] is not None and entry["p_value_holm"] <= 0.05 for entry in entries
+        entry["verified"] and entry["p_value_holm"] is not None and entry["p_value_holm"] <= 0.05 and _beyond(entry)
+        for entry in entries
     )
+
+
+def _beyond(entry: dict[str, Any]) -> bool:
+    """Whether captions alone do not explain what came back: their control says so too, or there is none."""
+    p_value = (entry.get("captions") or {}).get("p_value_holm")
+    return p_value is None or p_value <= 0.05
 
 
 def canary_evidence(privacy: dict[str, Any]) -> bool:
@@ -164,6 +171,8 @@ def finetuning_sentences(privacy: dict[str, Any]) -> list[str]:
             text += f"; control: {control['verified']:,} of {control['n']:,} held-out pictures"
             p_value = entry["p_value_holm"]
             text += ", no p-value." if p_value is None else f" (p = {p_value:.2g})."
+        if entry.get("captions"):
+            text += f" {captions_sentence(entry['captions'])}"
         if against is not None and against["gain_p_value"] is not None:
             way = "nearer to" if against["gain"] >= 0 else "farther from"
             text += (

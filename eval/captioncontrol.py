@@ -2,53 +2,24 @@
 
 A model that draws what a caption says, and has seen neither side, comes nearer to the pictures whose captions it is asked with. So
 held-out pictures are no fair control for candidates of training captions (`eval.control`); held-out captions are.
-
-The test. The unit is a picture with its captions; with groups (patients) it is a block of them, and copies of a picture are in one
-block. S = 1 if one caption of the unit flags, and its candidate lies within ``verify_l2`` of a picture of that very caption. S is a
-function of the unit and of the model. If the model treats the units of both sides alike, as one does that has seen none of them or
-all of them, and the units were put on the sides at random, then, given both numbers of units, every way to put the observed
-S on the sides is equally likely. The number of S = 1 on the training side is then hypergeometric, whatever the captions tell,
-however the distances are distributed, and for unequal sides: p = P(X >= observed), Fisher's exact test (Fisher 1935), which is the
-permutation test of whole units with all permutations.
-
-So the picture must be the caption's own: the nearest of many training pictures would be nearer than the nearest of few held-out
-ones. And the caption must be of one unit: one that several units share says nothing about any of them, and is trained
-on if one of them is.
+`eval.captionunits` has the test.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.stats import hypergeom
 
-from defenses.exact import l2_of
-from defenses.neighbours import search_sharded, views
-from eval.control import Rule, drawn_sides
+from defenses.neighbours import search_sharded
+from eval.captionunits import Owner, figures, outcomes, owners
+from eval.control import drawn_sides
 from eval.generations import Generations
 from eval.pictures import Pictures
-from eval.prompted import candidates_of, clique_size, examine, nearest_rule
+from eval.prompted import candidates_of, examine, nearest_rule
+from eval.stratified import Outcomes
 from train.data import Dataset
-
-TEST = "Fisher's exact test of whole units, one-sided"
-_PIXELS = 2**22  # of the candidates that are compared at once
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The one unit that a caption describes pictures of.
-
-    Attributes:
-        rows: of these pictures in the data, int64 [R].
-    """
-
-    split: str
-    block: int
-    rows: np.ndarray
 
 
 @dataclass
@@ -66,22 +37,7 @@ class CaptionControl:
     prompts: list[str] = field(default_factory=list)
     reason: str | None = None
     images: Generations | None = None
-    known: dict[str, "Owner"] = field(default_factory=dict)
-
-
-def owners(dataset: Dataset) -> dict[str, Owner]:
-    """Captions, further ones of a picture included, whose training and held-out pictures all belong to one unit."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    for split in ("train", "heldout"):
-        for row in dataset.rows(split).tolist():
-            record = dataset.records[row]
-            for text in {record.caption, *record.more_captions} - {None, ""}:
-                found.setdefault(text, []).append((split, record.block, row))
-    return {
-        text: Owner(*places[0][:2], np.array([row for _, _, row in places], dtype=np.int64))
-        for text, places in found.items()
-        if len({place[:2] for place in places}) == 1
-    }
+    known: dict[str, Owner] = field(default_factory=dict)
 
 
 def plan(config: SimpleNamespace, dataset: Dataset, attacked: list[str]) -> CaptionControl:
@@ -93,10 +49,7 @@ def plan(config: SimpleNamespace, dataset: Dataset, attacked: list[str]) -> Capt
         attacked: prompts of the attack, in their order.
     """
     settings, extraction = config.generate, config.attack.extraction
-    records = [dataset.records[row] for row in dataset.rows("heldout")]
-    captioned = [record for record in sorted(records, key=lambda r: (-r.copies, r.source)) if record.caption]
-    known = owners(dataset) if captioned else {}
-    texts = list(dict.fromkeys(record.caption for record in captioned if record.caption in known))
+    control = chosen(dataset, attacked, settings.control_prompts)
     reason = None
     if extraction is None or extraction.protocol == "untargeted":
         reason = "the prompted attack is off"
@@ -106,12 +59,21 @@ def plan(config: SimpleNamespace, dataset: Dataset, attacked: list[str]) -> Capt
         reason = "the prompts are from a file, and nobody knows which pictures they describe"
     elif settings.order == "prefilter":
         reason = "the prompts were chosen by a score (generate.order=prefilter), which held-out captions were not"
-    elif not captioned:
+    return replace(control, prompts=[], reason=reason) if reason else control
+
+
+def chosen(dataset: Dataset, attacked: list[str], most: int | None) -> CaptionControl:
+    """At most ``most`` held-out captions, or none and the reason; None: as many as are attacked."""
+    records = [dataset.records[row] for row in dataset.rows("heldout")]
+    captioned = [record for record in sorted(records, key=lambda r: (-r.copies, r.source)) if record.caption]
+    known = owners(dataset) if captioned else {}
+    texts = list(dict.fromkeys(record.caption for record in captioned if record.caption in known))
+    reason = None
+    if not captioned:
         reason = "no held-out picture has a caption"
     elif not texts:
         reason = "every held-out caption is shared by several pictures or people"
-    count = len(attacked) if settings.control_prompts is None else settings.control_prompts
-    return CaptionControl(attacked, [] if reason else texts[:count], reason, known=known)
+    return CaptionControl(attacked, texts[: len(attacked) if most is None else most], reason, known=known)
 
 
 def settings_of(config: SimpleNamespace) -> SimpleNamespace:
@@ -140,7 +102,7 @@ def compare(
     """
     found = heldout_candidates(control, heldout, settings_of(config), accelerator)
     rule, device = nearest_rule(config.attack.extraction), accelerator.device if accelerator else "cpu"
-    sides: dict[str, Any] = {}
+    sides: dict[str, Outcomes] = {}
     for split, texts, flagged in (("train", control.attacked, candidates), ("heldout", control.prompts, found)):
         image = {int(name): candidate for name, candidate in flagged.items()}
         sides[split] = outcomes(split, texts, image, control.known, dataset, rule, device)
@@ -148,91 +110,25 @@ def compare(
     images = np.stack(list(found.values())) if found else np.zeros((0, *heldout.images.shape[1:]), np.uint8)
     rows = heldout.subset(ids)
     near = search_sharded(images, rows, heldout.picture[rows.rows], 1, accelerator=accelerator).distinct
-    p_value, reason = None, None
-    if not config.data.exchangeable():
-        reason = "the held-out pictures are not drawn like the training pictures"
-    elif not len(sides["train"]) or not len(sides["heldout"]):
-        reason = "no attacked caption belongs to one training picture or person alone"
-    else:
-        p_value = exact_p_value(sides["train"], sides["heldout"])
-    counts = {split: {"tested": len(own), "own": int(own.sum())} for split, own in sides.items()}
+    found_own = figures(sides, config.data.exchangeable())
     return {
         "prompts": len(control.prompts),
         "pictures": len(ids),
         "candidates": len(found),
         "verified": len(rule.verified(near)),
-        **counts["heldout"],
-        "training": {"prompts": len(control.attacked), "candidates": len(candidates), **counts["train"]},
-        "p_value": p_value,
-        "reason": reason,
+        **found_own,
+        "training": {"prompts": len(control.attacked), "candidates": len(candidates), **found_own["training"]},
         "unit": "group" if training.grouped or heldout.grouped else "picture",
-        "test": TEST,
     }
 
 
 def heldout_candidates(
     control: CaptionControl, heldout: Pictures, config: SimpleNamespace, accelerator: Any = None
 ) -> dict[str, np.ndarray]:
-    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already. Where a defense
-    left too few images of every prompt for a clique, there are none."""
+    """Candidates of the held-out captions, by the clique rule of the attack; their images may be streamed already."""
     images = control.images
     if images.streamed is not None:
         return candidates_of(images.streamed.findings)
     read = partial(images.read, image_size=config.data.image_size, channels=config.data.channels)
-    extraction = config.attack.extraction
-    enough = [(name, files) for name, files in images.groups if len(files) >= clique_size(extraction, len(files))]
-    groups = [(name, files, partial(read, files)) for name, files in enough]
-    return candidates_of(examine(groups, heldout, extraction, accelerator)[0])
-
-
-def outcomes(
-    split: str,
-    texts: Sequence[str],
-    image: dict[int, np.ndarray],
-    known: dict[str, Owner],
-    dataset: Dataset,
-    rule: Rule,
-    device: Any,
-) -> np.ndarray:
-    """S of every unit of one side that a prompt describes alone, bool [U]; of several prompts of a unit the first counts.
-
-    Args:
-        image: candidate of each flagged prompt, by its place in ``texts``, uint8 [C, H, W].
-    """
-    chosen: dict[int, tuple[int, Owner]] = {}
-    for place, text in enumerate(texts):
-        owner = known.get(text)
-        if owner is not None and owner.split == split:
-            chosen.setdefault(owner.block, (place, owner))
-    pairs = [
-        (unit, place, row)
-        for unit, (place, owner) in enumerate(chosen.values())
-        if place in image
-        for row in owner.rows
-    ]
-    own = np.zeros(len(chosen), dtype=bool)
-    step = max(1, _PIXELS // int(np.prod(dataset.images.shape[1:])))
-    for start in range(0, len(pairs), step):
-        unit, place, row = (list(column) for column in zip(*pairs[start : start + step], strict=True))
-        distance = distances(np.stack([image[each] for each in place]), dataset.images[row], device)
-        own[np.array(unit)[rule.score(distance[:, None]) <= 1]] = True
-    return own
-
-
-def distances(candidates: np.ndarray, pictures: np.ndarray, device: Any = "cpu") -> np.ndarray:
-    """l2 of each candidate to the nearest view of one picture, uint8 [Q, C, H, W] both, float32 [Q]; as `search` has it."""
-    left = torch.from_numpy(candidates).to(device).int()
-    size, squared = left[0].numel(), []
-    for view in views(torch.from_numpy(np.ascontiguousarray(pictures)).to(device)):
-        squared.append((view.int() - left).square().flatten(1).sum(1))  # sums of int32 are int64
-    return l2_of(torch.stack(squared).amin(0).cpu().numpy(), size).astype(np.float32)
-
-
-def exact_p_value(training: np.ndarray, heldout: np.ndarray) -> float:
-    """P(X >= number of S = 1 on the training side) if units had been put on the sides at random.
-
-    Args:
-        training, heldout: S of the units of either side, bool [U] and [V].
-    """
-    units, hits = len(training) + len(heldout), int(training.sum() + heldout.sum())
-    return float(hypergeom.sf(int(training.sum()) - 1, units, hits, len(training)))
+    groups = [(name, files, partial(read, files)) for name, files in images.groups]
+    return candidates_of(examine(groups, heldout, config.attack.extraction, accelerator)[0])

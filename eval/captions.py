@@ -59,9 +59,16 @@ def _told(target: Target, config: SimpleNamespace, usual: Captions) -> Dataset:
         return dataset
     if (config.attack.captions or usual) == "original":
         return dataset
-    trained, _ = captions_of(config, dataset, target.defenses)
-    pairs = zip(dataset.records, trained, strict=True)
-    return replace(dataset, records=[r if (r.caption or "") == text else replace(r, caption=text) for r, text in pairs])
+    told = zip(dataset.records, *captions_of(config, dataset, target.defenses), strict=True)
+    return replace(
+        dataset,
+        records=[
+            record
+            if (record.caption or "") == text and record.more_captions == more
+            else replace(record, caption=text, more_captions=list(more))
+            for record, text, more in told
+        ],
+    )
 
 
 def report(target: Target, config: SimpleNamespace, asked: Sequence[str]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 from accelerate import Accelerator
 
-from defenses.errors import UserError
+from defenses.base import Defense, SamplingContext
 from eval import captioncontrol, captions, samples
 from eval.captioncontrol import CaptionControl
 from eval.denoiser import Denoiser
+from eval.extraction import check_tier
 from eval.generations import Generations, find
 from eval.prefilter import prompt_scores
+from eval.prompted import refuse_hopeless
 from eval.stream import stream
 from eval.target import Target, sampling_context, timed
 
@@ -54,29 +56,23 @@ def generate(
                 samples.reuse(source, bare.folder, source.prompts)
                 if bare.control and bare.control.images:
                     samples.reuse(source, bare.control.images.folder, bare.control.prompts)
-        asked = source  # the control first: a defense reports of the last source that it guards
-        if target.guarded and control is not None and control.prompts:
-            asked = guard(source, target, config, accelerator, CONTROL)
+        asked = source
+        if target.guarded:  # the control first: a defense reports of the last source that it guards
+            context = sampling_context(target, config, accelerator)
+            if control is not None and control.prompts:
+                asked = guard(source, target.defenses, replace(context, records=target.output.attack / CONTROL))
         control = draw_control(asked, control, "", target, config, accelerator)
         if target.guarded:
-            source = guard(source, target, config, accelerator)
+            source = guard(source, target.defenses, context)
         images = draw(source, "", target, config, accelerator)
         images.control = control
     return source, images, bare
 
 
-def guard(
-    source: samples.Source, target: Target, config: SimpleNamespace, accelerator: Accelerator, apart: str | None = None
-) -> samples.Source:
-    """The source behind the defenses of seam 6.
-
-    Args:
-        apart: folder in ``attack/`` for the records that they keep; None: where they keep those of the attack.
-    """
-    guarded, context = replace(source), sampling_context(target, config, accelerator)
-    if apart is not None:
-        context = replace(context, records=target.output.attack / apart)
-    samples.wrap(guarded, target.defenses, replace(context, text_model=source.text_model))
+def guard(source: samples.Source, defenses: list[Defense], context: SamplingContext) -> samples.Source:
+    """The source behind the defenses of seam 6."""
+    guarded = replace(source)
+    samples.wrap(guarded, defenses, replace(context, text_model=source.text_model))
     return guarded
 
 
@@ -87,6 +83,10 @@ def draw(
     folder, records = folders(target, suffix)
     if config.generate.keep == "flagged":
         return stream(source, folder, records, source.prompts, target.dataset, config, accelerator)
+    extraction, each = config.attack.extraction, config.generate.per_prompt
+    if source.prompts and extraction is not None and extraction.protocol != "untargeted":  # before hours of drawing
+        check_tier(extraction, each * len(source.prompts), len(source.prompts), each)
+        refuse_hopeless(extraction, [each] * len(source.prompts))
     samples.generate(source, folder, config.generate, source.prompts, config.run.seed, accelerator)
     return find(folder, config.data.image_size, config.data.channels)
 
@@ -104,16 +104,11 @@ def draw_control(
         return control
     folder, records = folders(target, "_".join(part for part in (CONTROL, suffix) if part))
     held, prompts = captioncontrol.settings_of(config), control.prompts
-    try:
-        if config.generate.keep == "flagged":
-            images = stream(source, folder, records, prompts, target.dataset, held, accelerator, split="heldout")
-        else:
-            samples.generate(source, folder, held.generate, prompts, config.run.seed, accelerator)
-            images = find(folder, config.data.image_size, config.data.channels)
-    except UserError as error:
-        if error.key != "generations":
-            raise
-        images = Generations(folder, [], {})  # a defense withheld every one: nothing to attack
+    if config.generate.keep == "flagged":
+        images = stream(source, folder, records, prompts, target.dataset, held, accelerator, split="heldout")
+    else:
+        samples.generate(source, folder, held.generate, prompts, config.run.seed, accelerator)
+        images = find(folder, config.data.image_size, config.data.channels)
     return replace(control, images=images)
 
 

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from defenses.errors import UserError
 from defenses.neighbours import VIEWS
 from defenses.ranks import on_main, together
-from eval import captions
+from eval import captions, finetuningcontrol
 from eval.clusters import Clusters, find_clusters, medoid
 from eval.denoiser import Denoiser
 from eval.extrapolation import KEY, Guidance, Pair, draw, load_base
@@ -144,11 +144,17 @@ def run(scene: Scene) -> Finding | None:
     shape = tuple(scene.target.dataset.images.shape[1:])
     pair = load_base(scene.denoiser, scene.target.pipeline, folder, shape)
     _refuse_misfit(settings, pair)
-    prompts = prompts_of(settings, pair.tuned, captions.for_prompts(scene.target, config))
+    told = captions.for_prompts(scene.target, config)
+    prompts = prompts_of(settings, pair.tuned, told)
     drawn = [_images(scene, pair, prompts, weight, folder) for weight in settings.weights]
+    control = finetuningcontrol.plan(config, told, prompts) if prompts else None
+    asked = settings.weights if control and control.prompts else []
+    others = [_images(scene, pair, control.prompts, weight, folder, finetuningcontrol.FOLDER) for weight in asked]
     training, heldout = (pictures_of(scene.target.dataset, split) for split in ("train", "heldout"))
     arms = _arms(scene, drawn, settings.clusters or len(training.ids))
     report, rows, near = judged(arms, training, heldout, scene)
+    if control is not None:
+        finetuningcontrol.add(report, control, drawn, others, told, scene)
     report = {
         "settings": _settings(settings, pair, prompts),
         "base": settings.base or config.model.pretrained,
@@ -237,10 +243,12 @@ def _refuse_misfit(settings: FinetuningConfig, pair: Pair) -> None:
         )
 
 
-def _images(scene: Scene, pair: Pair, prompts: list[str], weight: float, base: Path) -> Generations:
-    """Images of one weight; those of an earlier run under the same settings are kept, others removed."""
+def _images(
+    scene: Scene, pair: Pair, prompts: list[str], weight: float, base: Path, where: str = FOLDER
+) -> Generations:
+    """Images of one weight in ``where``; those of an earlier run under the same settings are kept, others removed."""
     settings, accelerator = scene.config.attack.finetuning, scene.accelerator
-    folder, seed = scene.target.output.path / FOLDER / f"w-{weight:g}", scene.config.run.seed
+    folder, seed = scene.target.output.path / where / f"w-{weight:g}", scene.config.run.seed
     guidance = settings.guided(weight)
     contents = {
         **asdict(guidance),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Generations:
         measured: files on which image quality is measured; None: all.
         streamed: what the attack found when the images were drawn, most of which are gone (`eval.stream`); None: it is yet
             to be made, on the files.
+        withheld: sub-folder or "" -> images that a defense let nobody have there (a marker stands in the place of each); of the files
+            on disk, so not all of a streamed attack.
         control: the same of captions that the model never saw (`eval.captioncontrol`); None: not asked for.
     """
 
@@ -38,14 +40,23 @@ class Generations:
     rejected: dict[str, str]
     measured: list[str] | None = None
     streamed: Any = None
+    withheld: dict[str, int] = field(default_factory=dict)
     control: Any = None
 
     @property
     def prompted(self) -> bool:
-        return self.groups[0][0] != ""
+        return "" not in self.asked
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """Images that were drawn of each group, those that a defense withheld among them, by its name and in order of the names."""
+        left = {name: len(files) for name, files in self.groups}
+        return {name: left.get(name, 0) + self.withheld.get(name, 0) for name in sorted(left | self.withheld)}
 
     def read(self, names: Sequence[str], image_size: int, channels: int) -> np.ndarray:
         """uint8 [n, C, S, S]."""
+        if not names:
+            return np.zeros((0, channels, image_size, image_size), dtype=np.uint8)
         return np.stack([_read(self.folder / name, image_size, channels) for name in names])
 
 
@@ -53,13 +64,13 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
     """Images in ``folder`` (untargeted), or in its sub-folders, one per prompt (prompted). Unreadable files are listed.
 
     Raises:
-        UserError: no usable image.
+        UserError: no usable image, unless a defense withheld them all.
     """
     if not folder.is_dir():
         raise UserError(
             "generations", f"{folder} is no folder", "give a folder of images, or of one sub-folder per prompt"
         )
-    flat = _images(folder)
+    flat, held = _images(folder), {"": _withheld(folder)}
     nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if flat and nested:
         raise UserError(
@@ -69,6 +80,7 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
         )
     rejected: dict[str, str] = {}
     groups = []
+    held |= {path.name: _withheld(path) for path in nested}
     for name, files in [("", flat)] if flat else [(p.name, _images(p)) for p in nested]:
         usable = []
         for file in files:
@@ -80,9 +92,15 @@ def find(folder: Path, image_size: int, channels: int) -> Generations:
                 rejected[relative] = str(reason)
         if usable:
             groups.append((name, usable))
-    if not groups:
+    held = {name: count for name, count in held.items() if count}
+    if not groups and not held:
         raise UserError("generations", f"{folder} holds no usable image", next(iter(rejected.values()), "it is empty"))
-    return Generations(folder, groups, rejected)
+    return Generations(folder, groups, rejected, withheld=held)
+
+
+def _withheld(folder: Path) -> int:
+    """Markers that stand where a defense let no image out."""
+    return sum(path.suffix == WITHHELD and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _images(folder: Path) -> list[Path]:

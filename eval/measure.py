@@ -33,13 +33,15 @@ def attack(images: Generations, dataset: Dataset, config: SimpleNamespace, accel
     if protocol == "prompted":
         if not images.prompted:
             raise UserError("attack.extraction.protocol", "prompted needs a folder of images per prompt", "use auto")
-        sizes = [len(files) for _, files in images.groups]
-        check_tier(settings, sum(sizes), len(sizes), min(sizes))
-        groups = ((name, files, partial(images.read, files, size, channels)) for name, files in images.groups)
-        found = prompted(groups, training, heldout, settings, accelerator, **options)
+        left, asked = dict(images.groups), images.asked
+        check_tier(settings, sum(asked.values()), len(asked), min(asked.values()))
+        groups = [
+            (name, left.get(name, []), partial(images.read, left.get(name, []), size, channels)) for name in asked
+        ]
+        found = prompted(groups, training, heldout, settings, accelerator, asked=list(asked.values()), **options)
         return with_captions(found, images, dataset, config, accelerator)
     names = [name for _, files in images.groups for name in files]
-    check_tier(settings, len(names))
+    check_tier(settings, sum(images.asked.values()))
     generations = images.read(names, size, channels)
     found = untargeted(generations, training, heldout, settings, accelerator, names=names, **options)
     calibration = pictures_of(dataset, "calibration")
@@ -67,11 +69,11 @@ def quality_of(
     images: Generations, dataset: Dataset, config: SimpleNamespace, accelerator: Accelerator
 ) -> dict[str, Any] | None:
     """Image quality against held-out pictures; None where there are none, or no generation to measure."""
-    rows = dataset.rows("heldout")
-    if not len(rows) or images.measured == []:
+    rows, generations = dataset.rows("heldout"), _read(images, config)
+    if not len(rows) or not len(generations):
         return None
     return measure(
-        _read(images, config),
+        generations,
         dataset.images[rows],
         config.utility,
         accelerator.device,

@@ -5,7 +5,6 @@ Training pictures are looked at only after the candidates are chosen.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,71 +19,13 @@ from eval.cliques import largest_clique
 from eval.control import Rule, control
 from eval.extraction import Extraction, ExtractionConfig, PictureFindings, at_l2, counts, match_rows, tier_of
 from eval.pictures import Pictures
+from eval.promptrecords import NearestGenerations, PromptFinding, blank_row
 
+SILENCED = "a defense withheld so many images that too few for a clique are left of every prompt"
 _GRID = 4  # tiles along each side: 16 tiles, as in the paper
 
 Images = np.ndarray | Callable[[], np.ndarray]  # uint8 [N, C, H, W], or what reads them
 Prompt = tuple[str, Sequence[str], Images]  # name, names of the generations, and these
-
-
-@dataclass
-class PromptFinding:
-    """What one prompt gave; plain data, sent between ranks.
-
-    Attributes:
-        index: place of the prompt.
-        row: of cliques.csv.
-        matches: rows of matches.csv; of an unflagged prompt they need not be complete.
-        medoid: place in ``matches`` of the candidate.
-        image: the candidate, uint8 [C, H, W]; None unless flagged.
-    """
-
-    index: int
-    row: dict[str, Any]
-    matches: list[dict[str, Any]]
-    medoid: int
-    image: np.ndarray | None
-
-
-@dataclass
-class NearestGenerations:
-    """Of each distinct picture the nearest generation so far, of the lowest prompt and place where they are equal.
-
-    Attributes:
-        distance: l2, float64 [P]; inf without generations.
-        prompt, place: of that generation, int64 [P]; -1 without generations.
-    """
-
-    distance: np.ndarray
-    prompt: np.ndarray
-    place: np.ndarray
-
-    @classmethod
-    def none(cls, pictures: int) -> "NearestGenerations":
-        return cls(np.full(pictures, np.inf), np.full(pictures, -1), np.full(pictures, -1))
-
-    def add(self, prompt: int, near: SearchResult, places: Sequence[int] | None = None) -> None:
-        """Takes in the generations of one prompt, each prompt once or several times, in any order.
-
-        Args:
-            places: of the generations that were searched; null: 0, 1, 2, ...
-        """
-        equal = (near.best_distance == self.distance) & (prompt < self.prompt)
-        closer = (near.best_distance < self.distance) | equal
-        place = near.best_query if places is None else np.asarray(places)[near.best_query]
-        self.distance[closer], self.prompt[closer], self.place[closer] = (
-            near.best_distance[closer],
-            prompt,
-            place[closer],
-        )
-
-    @classmethod
-    def merged(cls, parts: "Sequence[NearestGenerations]") -> "NearestGenerations":
-        """The nearest of all parts, whose prompts may overlap."""
-        prompt = np.stack([part.prompt for part in parts])
-        distance, place = (np.stack([getattr(part, name) for part in parts]) for name in ("distance", "place"))
-        first, column = np.lexsort((prompt, distance), axis=0)[0], np.arange(prompt.shape[1])
-        return cls(distance[first, column], prompt[first, column], place[first, column])
 
 
 def prompted(
@@ -96,19 +37,28 @@ def prompted(
     *,
     exchangeable: bool,
     seed: int,
+    asked: Sequence[int] | None = None,
 ) -> Extraction:
     """Flags prompts by the largest clique of their generations and verifies one candidate of each, on all ranks.
 
     Args:
         prompts: name, names of the generations, and their images (or a function that reads them: only the rank that works
             on the prompt calls it, so that one prompt at a time is in memory).
+        asked: images that were drawn of each prompt; more than its generations where a defense withheld some. None: as many.
+
+    Raises:
+        UserError: of no prompt enough were drawn for a clique.
     """
-    results, best = examine(list(prompts), training, config, accelerator)
+    prompts = list(prompts)
+    asked = [len(names) for _, names, _ in prompts] if asked is None else asked
+    refuse_hopeless(config, asked)
+    results, best = examine(prompts, training, config, accelerator)
     places = zip(best.prompt.tolist(), best.place.tolist(), strict=True)
     nearest = [results[prompt].matches[place]["generation"] if prompt >= 0 else None for prompt, place in places]
     return conclude(
-        results, best.distance, nearest, training, heldout, config, accelerator, exchangeable=exchangeable, seed=seed
-    )
+        results, asked, best.distance, nearest, training, heldout, config, accelerator,
+        exchangeable=exchangeable, seed=seed,
+    )  # fmt: skip
 
 
 def examine(
@@ -117,7 +67,6 @@ def examine(
     """Cliques and nearest pictures of all prompts, on all ranks, each of which gets the same; see `prompted`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = accelerator.device if accelerator else "cpu"
-    refuse_hopeless(config, [len(names) for _, names, _ in prompts])
     best = NearestGenerations.none(len(training.ids))
 
     def work() -> list[PromptFinding]:
@@ -154,6 +103,7 @@ def nearest_rule(config: ExtractionConfig) -> Rule:
 
 def conclude(
     results: list[PromptFinding],
+    asked: Sequence[int],
     best: np.ndarray,
     nearest: list[str | None],
     training: Pictures,
@@ -167,7 +117,8 @@ def conclude(
     """Verifies the candidates of all prompts, on all ranks.
 
     Args:
-        results: of all prompts, in their order, the same on every rank.
+        results: of all prompts, in their order, the same on every rank; those that no image is left of are not flagged.
+        asked: images that were drawn of each, those that a defense withheld among them.
         best: l2 of each distinct picture to its nearest generation, float64 [P].
         nearest: name of that generation.
     """
@@ -182,13 +133,15 @@ def conclude(
     matches = [match for result in results for match in result.matches]
     verified = rule.verified(found.distinct)
     variants = {"identity_view": rule.verified(found.identity), "paper_rule": None}  # the same rule: it has no mean
-    sizes = [result.row["generations"] for result in results]
+    for result, drawn in zip(results, asked, strict=True):
+        result.row["withheld"] = drawn - result.row["generations"]
     report = {
         "protocol": "prompted",
-        "tier": tier_of(sum(sizes), len(sizes), min(sizes, default=0)),
+        "tier": tier_of(sum(asked), len(asked), min(asked, default=0)),  # what it cost, whatever came back
         "settings": _settings(config, results),
-        "generations": sum(sizes),
-        "prompts": len(sizes),
+        "generations": sum(result.row["generations"] for result in results),
+        "prompts": len(results),
+        "withheld": _withheld(results, config),
         "candidates": len(flagged),
         **counts(training, verified, variants, seed),
         "at_l2": at_l2(best),
@@ -235,10 +188,13 @@ def attack_prompt(
     config: ExtractionConfig,
     device: Any,
 ) -> tuple[PromptFinding, SearchResult | None]:
-    """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W], N > 0; nothing is verified yet.
+    """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W]; nothing is verified yet. N = 0, where a defense
+    withheld them all, flags nothing.
 
     Where only those of flagged prompts are held against the pictures (``config.nearest``), another one has no matches.
     """
+    if not len(images):
+        return PromptFinding(index, blank_row(prompt), [], -1, None), None
     distance = tiled_l2(images, device)
     joined = distance <= config.edge_threshold
     clique = largest_clique(joined, seconds=config.clique_seconds)
@@ -252,8 +208,7 @@ def attack_prompt(
         matches = match_rows(names, training, result.distinct, None, np.zeros(len(images), dtype=bool))
     for node in clique.nodes if flagged else []:
         matches[node]["clique"] = prompt
-    row = {
-        "prompt": prompt,
+    row = blank_row(prompt) | {
         "generations": len(images),
         "edges": (int(joined.sum()) - len(images)) // 2,
         "clique_size": size,
@@ -263,13 +218,12 @@ def attack_prompt(
         "medoid": names[medoid] if flagged else None,
         "record_id": matches[medoid]["record_id"] if flagged else None,
         "l2": matches[medoid]["l2"] if flagged else None,
-        "verified": False,
     }
     return PromptFinding(index, row, matches, medoid, np.asarray(images[medoid]) if flagged else None), result
 
 
-def refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
-    """Refuses prompts with too few generations for any clique that would flag one.
+def refuse_hopeless(config: ExtractionConfig, sizes: Sequence[int]) -> None:
+    """Refuses prompts of which too few images are drawn for any clique that would flag one.
 
     Raises:
         UserError: attack.extraction.clique_size.
@@ -281,6 +235,21 @@ def refuse_hopeless(config: ExtractionConfig, sizes: list[int]) -> None:
             f"a clique of {need} cannot exist among {max(sizes)} images of a prompt",
             "generate more images per prompt (generate.per_prompt)",
         )
+
+
+def _withheld(results: list[PromptFinding], config: ExtractionConfig) -> dict[str, Any] | None:
+    """What a defense between the model and its user held back; None: nothing.
+
+    Returns:
+        ``images``; ``prompts``: those of which it left too few for a clique, which therefore are not flagged; ``reason`` why there is no
+        candidate, None where prompts are left that could give one.
+    """
+    few = [row["generations"] < clique_size(config, row["generations"]) for row in (r.row for r in results)]
+    gone = [result.row["withheld"] for result in results]
+    if not any(gone):
+        return None
+    silenced = sum(short and held > 0 for short, held in zip(few, gone, strict=True))
+    return {"images": sum(gone), "prompts": silenced, "reason": SILENCED if all(few) else None}
 
 
 def _settings(config: ExtractionConfig, results: list[PromptFinding]) -> dict[str, Any]:

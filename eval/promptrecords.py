@@ -1,15 +1,82 @@
-"""What a streamed attack knows of its prompts, on disk: a record of each, and the nearest generation of every picture."""
+"""What the prompted attack knows of its prompts, and of a streamed one on disk: a record of each, the nearest generation of every picture."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from defenses.neighbours import SearchResult
 from eval.generations import file_of, withheld
-from eval.prompted import NearestGenerations
 from train.files import atomic, write_json
+
+
+@dataclass
+class PromptFinding:
+    """What one prompt gave; plain data, sent between ranks.
+
+    Attributes:
+        index: place of the prompt.
+        row: of cliques.csv.
+        matches: rows of matches.csv; of an unflagged prompt they need not be complete.
+        medoid: place in ``matches`` of the candidate; -1 where there is no image.
+        image: the candidate, uint8 [C, H, W]; None unless flagged.
+    """
+
+    index: int
+    row: dict[str, Any]
+    matches: list[dict[str, Any]]
+    medoid: int
+    image: np.ndarray | None
+
+
+@dataclass
+class NearestGenerations:
+    """Of each distinct picture the nearest generation so far, of the lowest prompt and place where they are equal.
+
+    Attributes:
+        distance: l2, float64 [P]; inf without generations.
+        prompt, place: of that generation, int64 [P]; -1 without generations.
+    """
+
+    distance: np.ndarray
+    prompt: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def none(cls, pictures: int) -> "NearestGenerations":
+        return cls(np.full(pictures, np.inf), np.full(pictures, -1), np.full(pictures, -1))
+
+    def add(self, prompt: int, near: SearchResult, places: Sequence[int] | None = None) -> None:
+        """Takes in the generations of one prompt, each prompt once or several times, in any order.
+
+        Args:
+            places: of the generations that were searched; null: 0, 1, 2, ...
+        """
+        equal = (near.best_distance == self.distance) & (prompt < self.prompt)
+        closer = (near.best_distance < self.distance) | equal
+        place = near.best_query if places is None else np.asarray(places)[near.best_query]
+        self.distance[closer], self.prompt[closer], self.place[closer] = (
+            near.best_distance[closer],
+            prompt,
+            place[closer],
+        )
+
+    @classmethod
+    def merged(cls, parts: "Sequence[NearestGenerations]") -> "NearestGenerations":
+        """The nearest of all parts, whose prompts may overlap."""
+        prompt = np.stack([part.prompt for part in parts])
+        distance, place = (np.stack([getattr(part, name) for part in parts]) for name in ("distance", "place"))
+        first, column = np.lexsort((prompt, distance), axis=0)[0], np.arange(prompt.shape[1])
+        return cls(distance[first, column], prompt[first, column], place[first, column])
+
+
+def blank_row(prompt: str) -> dict[str, Any]:
+    """Row of cliques.csv of a prompt that no image is left of."""
+    numbers = {"prompt": prompt, "generations": 0, "edges": 0, "clique_size": 0, "flagged": False, "exact": True}
+    return numbers | dict.fromkeys(("mean_distance", "medoid", "record_id", "l2")) | {"verified": False}
 
 
 @dataclass(frozen=True)

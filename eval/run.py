@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 from omegaconf import DictConfig, OmegaConf
 
+from defenses import registry
+from defenses.base import Defense
 from defenses.errors import UserError
 from defenses.registry import CLASSES
 from eval.config import SECTIONS as EVAL_SECTIONS
@@ -25,6 +27,7 @@ from eval.config import check
 from eval.replay import replayed
 from eval.stage import evaluate
 from eval.target import Target
+from eval.textsource import is_text_to_image
 from train import cli
 from train import config as configuration
 from train.data import prepare
@@ -54,6 +57,7 @@ def main(arguments: cli.Arguments) -> int:
     tree = configuration.load(sections, base_file(arguments, chosen[0]), overrides, defaults)
     config = configuration.objects(tree)
     check(config)
+    check_defenses(config, chosen[0])
     accelerator = cli.start(config)
     if chosen[0] == "run_dir":
         return evaluate_run(tree, config, accelerator)
@@ -87,6 +91,33 @@ def check_fixed(arguments: cli.Arguments, target: str) -> None:
             "cannot be changed after training",
             f"only run.*, generate.*, attack.*, utility.*, report.*, data.restricted, {allowed}",
         )
+
+
+def check_defenses(config: SimpleNamespace, target: str) -> None:
+    """Refuses defenses that nothing would apply: of a model of others those at seam 6 alone can be, of its images none.
+
+    Raises:
+        UserError: names every one of them.
+    """
+    given = [name for name in CLASSES if getattr(config.defenses, name) is not None]
+    if target == "run_dir" or not given:
+        return
+    outer = {name: kind for name, kind in CLASSES.items() if kind.wrap_sampler is not Defense.wrap_sampler}
+    useful = {name for name, kind in outer.items() if not kind.needs_calibration} if target == "pipeline" else set()
+    refused = [f"defenses.{name}" for name in given if name not in useful]
+    if refused:
+        raise UserError(
+            ", ".join(refused),
+            "cannot be applied to images that are there already"
+            if target == "generations"
+            else "cannot be applied to a model of others: it works while a model is trained, or needs calibration pictures, "
+            "which only a run of ours has",
+            f"leave {'it' if len(refused) == 1 else 'them'} out; a pipeline takes {', '.join(sorted(useful)) or 'those at seam 6'}"
+            ", a run (run_dir=...) any that needs no training",
+        )
+    captioned, folder = [name for name in given if CLASSES[name].needs_captions], Path(config.pipeline)
+    if captioned and (folder / "model_index.json").is_file() and not is_text_to_image(folder):
+        raise UserError(f"defenses.{captioned[0]}", "needs a text-to-image model", "leave it out")
 
 
 def changeable(key: str, later: list[str]) -> bool:
@@ -123,7 +154,8 @@ def evaluate_foreign(tree: DictConfig, config: SimpleNamespace, accelerator) -> 
         if accelerator.is_main_process:
             write_manifest(dataset, output.manifest)
         pipeline = None if config.pipeline is None else Path(config.pipeline)
-        return Target(output, dataset, pipeline, output.generations if pipeline else Path(config.generations))
+        images = output.generations if pipeline else Path(config.generations)
+        return Target(output, dataset, pipeline, images, defenses=registry.build(config.defenses))
 
     return finish(output, accelerator, target, config)
 

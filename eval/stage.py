@@ -27,12 +27,13 @@ from eval.suite import Finding, Scene
 from eval.target import Target, target_of, timed
 from train.files import write_csv, write_json
 from train.manifest import summary
-from train.release import peak_memory
+from train.release import describe, peak_memory
 from train.runlog import RunDirectory, hardware, timestamp, versions
 
 MATCHES = ["generation", "record_id", "l2", "adaptive_score", "clique", "verified"]
 CLIQUES = [
     "prompt", "generations", "edges", "clique_size", "flagged", "exact", "mean_distance", "medoid", "record_id", "l2", "verified",
+    "withheld",
 ]  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def assemble(
             "restricted": config.data.restricted,
             "generations_rejected": found.images.rejected,
         },
-        "defenses": with_findings(target),
+        "defenses": with_findings(target, config),
         "model": {**source.facts, "released_step": facts.get("released_step"), "stopped_by": facts.get("stopped_by")}
         if source
         else None,
@@ -181,8 +182,11 @@ def assemble(
     }
 
 
-def with_findings(target: Target) -> list[dict[str, Any]]:
-    """The defenses as they were recorded after training, with what those at seam 6 have measured since."""
+def with_findings(target: Target, config: SimpleNamespace) -> list[dict[str, Any]]:
+    """The defenses as they were recorded after training, with what those at seam 6 have measured since; of a model of others these
+    alone."""
+    if target.run is None:
+        return [describe(defense, config) for defense in target.defenses]
     later = {defense.name: defense.findings() for defense in target.defenses}
     entries = target.facts.get("defenses", [])
     return [entry | {"findings": entry.get("findings") or later.get(entry["name"])} for entry in entries]

@@ -26,8 +26,8 @@ from defenses.ranks import together
 from eval.extraction import Extraction, ExtractionConfig, check_tier
 from eval.generations import Generations, file_of, withheld, write
 from eval.pictures import Pictures
-from eval.prompted import NearestGenerations, PromptFinding, attack_prompt, conclude, refuse_hopeless
-from eval.promptrecords import PromptRecords
+from eval.prompted import attack_prompt, conclude, refuse_hopeless
+from eval.promptrecords import NearestGenerations, PromptFinding, PromptRecords, blank_row
 from eval.samples import INDEX, Source, passes, units
 from eval.target import pictures_of
 from train.data import Dataset
@@ -40,9 +40,14 @@ KEPT = "matches.csv and generations/ hold the images that were kept: all of flag
 
 @dataclass
 class Streamed:
-    """What the attack found, of all prompts with at least one image, the same on every rank."""
+    """What the attack found, of all prompts, the same on every rank.
+
+    Attributes:
+        asked: images that were drawn of every prompt, those that a defense withheld among them.
+    """
 
     findings: list[PromptFinding]
+    asked: int
     nearest: NearestGenerations
     draw_seconds: float
     attack_seconds: float
@@ -149,7 +154,7 @@ def stream(
         The images that were kept, with what the attack found (``streamed``), for `conclude_stream`.
 
     Raises:
-        UserError: too few images for the attack asked for; every image was withheld.
+        UserError: too few images for the attack asked for.
     """
     settings, count = config.generate, len(prompts)
     if not prompts:
@@ -182,11 +187,11 @@ def collect(work: Stream, *, write_index: bool) -> Generations:
     """Everything that the ranks wrote, and ``index.csv`` of the images that were kept.
 
     Raises:
-        UserError: a record is missing; every image was withheld.
+        UserError: a record is missing.
     """
     records, images, index = work.records, Generations(work.records.images, [], {}, []), []
     nearest = NearestGenerations.merged([nearest for nearest, _ in records.nearest()])
-    images.streamed = found = Streamed([], nearest, 0.0, 0.0)
+    images.streamed = found = Streamed([], work.config.generate.per_prompt, nearest, 0.0, 0.0)
     for prompt, text in enumerate(work.prompts):
         record = records.read(prompt)
         if record is None:
@@ -202,16 +207,15 @@ def collect(work: Stream, *, write_index: bool) -> Generations:
             index.append(dict(zip(INDEX, (name, place, work.config.run.seed, text, missing), strict=True)))
         found.draw_seconds += record["draw_seconds"]
         found.attack_seconds += record["attack_seconds"]
-        if record["row"]:
-            found.findings.append(_finding(prompt, record, images, work.training.images.shape))
-    if not found.findings:
-        raise UserError("generations", f"{images.folder} holds no usable image", "every image was withheld")
+        found.findings.append(_finding(prompt, record, images, work.training.images.shape))
     if write_index:
         write_csv(images.folder / "index.csv", INDEX, index)
     return images
 
 
 def _finding(prompt: int, record: dict[str, Any], images: Generations, shape: tuple[int, ...]) -> PromptFinding:
+    if record["row"] is None:  # a defense withheld every image
+        return PromptFinding(prompt, blank_row(file_of(images.folder, prompt, 0).parent.name), [], -1, None)
     row = record["row"]
     image = images.read([row["medoid"]], shape[-1], shape[1])[0] if row["flagged"] else None
     return PromptFinding(prompt, row, record["matches"], record["medoid"], image)
@@ -232,16 +236,13 @@ def conclude_stream(
     ``matches`` are those of the images that were kept, and the report says so (``streamed``).
     """
     found = images.streamed
-    sizes = [finding.row["generations"] for finding in found.findings]
-    check_tier(config, sum(sizes), len(sizes), min(sizes))
-    refuse_hopeless(config, sizes)
     nearest = zip(found.nearest.prompt.tolist(), found.nearest.place.tolist(), strict=True)
     names = [
         str(file_of(images.folder, prompt, place).relative_to(images.folder)) if prompt >= 0 else None
         for prompt, place in nearest
     ]
     result = conclude(
-        found.findings, found.nearest.distance, names, training, heldout, config, accelerator,
+        found.findings, [found.asked] * len(found.findings), found.nearest.distance, names, training, heldout, config, accelerator,
         exchangeable=exchangeable, seed=seed,
     )  # fmt: skip
     result.report["streamed"] = {

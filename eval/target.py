@@ -80,7 +80,10 @@ def sampling_context(target: Target, config: SimpleNamespace, accelerator: Accel
     """What defenses at seam 6 may use: all training records, those that a defense removed among them."""
     pool = replace(pool_of(target.dataset, config.run.seed), rows=target.dataset.rows("train"))
     control = target.dataset.rows("calibration")
-    return SamplingContext(pool, control, target.pipeline, accelerator, records=target.output.path)
+    folder = (
+        target.pipeline if target.run is not None else target.output.model
+    )  # nothing is written into folders of others
+    return SamplingContext(pool, control, folder, accelerator, records=target.output.path)
 
 
 def pictures_of(dataset: Dataset, split: str) -> Pictures | None:

@@ -117,6 +117,16 @@ def rate_sentence(extraction: dict[str, Any], pictures: int) -> str:
     return f"{verified:,} of {pictures:,} distinct training {verb} extracted ({percent(extraction['rate'])}{spread})."
 
 
+def withheld_sentences(extraction: dict[str, Any]) -> list[str]:
+    """What a defense between the model and its user kept from a prompted attack; none where it kept nothing."""
+    withheld = extraction.get("withheld")
+    if not withheld:
+        return []
+    silenced, prompts = withheld["prompts"], extraction["prompts"]
+    text = f"A defense withheld {withheld['images']:,} images; of {silenced:,} of {prompts:,} prompts it left too few for a clique"
+    return [f"{text}, and these count as not flagged" + (": there is no candidate." if withheld["reason"] else ".")]
+
+
 def zero_hits(interval: list[float] | None, pictures: int) -> str:
     """The rate after zero hits in n trials, as "< 3/n (95 %)"; with patients as units the interval's n is theirs."""
     n = round(3 / interval[1]) if interval and interval[1] > 0 else pictures
@@ -155,7 +165,41 @@ def captions_sentence(captions: dict[str, Any]) -> str:
     )
     if captions["p_value"] is None:
         return f"{text}; no p-value, because {captions['reason']}."
-    return f"{text}; p = {number(captions['p_value'], 2)} (one-sided, exact)."
+    return f"{text}; p = {number(captions['p_value'], 2)} (Fisher's test, one-sided).{_stratified(captions)}"
+
+
+def _stratified(captions: dict[str, Any]) -> str:
+    """The same among pictures with equally many copies; empty where all have as many, and for reports of before."""
+    part = captions.get("stratified")
+    if not part or len(part["strata"]) < 2:
+        return ""
+    text = ""
+    if part["p_value"] is not None:
+        text = (
+            f" Among pictures with equally many copies: p = {number(part['p_value'], 2)} (exact, whatever copies do)."
+        )
+    alone = part["without_counterpart"]
+    if alone["own"]:
+        text += (
+            f" {alone['own']:,} of those that came back have a number of copies that no held-out one has: of these Fisher's test alone "
+            "speaks, which takes it that pictures were copied without regard to how easily their captions bring them back, as "
+            "planted copies are."
+        )
+    return text
+
+
+def beyond_caption(captions: dict[str, Any] | None) -> float | None:
+    """p-value on which the verdict rests: the larger one of Fisher's test and the stratified one; Fisher's alone where a picture
+    that came back has no counterpart with as many copies, of which the stratified test says nothing. None: there is none.
+
+    With this rule the chance of a false "beyond the caption" stays below the level if either all training units have
+    counterparts, or copies came after the sides were drawn.
+    """
+    captions = captions or {}
+    part, fisher = captions.get("stratified"), captions.get("p_value")
+    if fisher is None or not part or part["p_value"] is None or part["without_counterpart"]["own"]:
+        return fisher
+    return max(fisher, part["p_value"])
 
 
 def captions_lacking(extraction: dict[str, Any]) -> str | None:

@@ -119,11 +119,25 @@ def _finetuning() -> dict[str, Any]:
     against |= {"gain": 0.0234, "gain_p_value": 0.0456}
     similarity = {"average_similarity": 0.3692, "average_similarity_heldout": 0.2581}
     similarity |= {"success_rate_0.6": 0.2213, "success_rate_0.7": 0.1122}
+    captions = {
+        "tested": 27,
+        "own": 3,
+        "training": {"tested": 26, "own": 17},
+        "p_value": 0.0166,
+        "p_value_holm": 0.0377,
+    }
+    captions |= {"unit": "picture", "reason": None, "stratified": None}
+    strata = [{"copies": 1, "tested": 27, "own": 3, "training": {"tested": 20, "own": 11}}]
+    strata += [{"copies": 7, "tested": 0, "own": 0, "training": {"tested": 6, "own": 6}}]
+    captions["stratified"] = {"p_value": 0.0299, "strata": strata, "without_counterpart": {"tested": 6, "own": 6}}
     return {
         "base": f"/somewhere/{SECRET}",
         "pictures": 346,
         "prompts": 29,
-        "weights": [entry(1.0, 15, 0.0625), entry(3.5, 23, 0.0014) | {"versus_baseline": against, "sscd": similarity}],
+        "weights": [
+            entry(1.0, 15, 0.0625),
+            entry(3.5, 23, 0.0014) | {"versus_baseline": against, "sscd": similarity, "captions": captions},
+        ],
         "examples": [{"weight": 3.5, "record_id": SECRET, "l2": 0.0321, "generation": "w-3/000005.png"}],
     }
 

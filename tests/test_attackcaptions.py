@@ -153,6 +153,25 @@ def test_prompts_are_the_originals_unless_trained_ones_are_asked_for(numbered):
     assert [record.caption for record in target.dataset.records] == original
 
 
+def test_further_captions_are_told_as_they_were_trained_on(numbered):
+    """Also those of a picture whose first caption no defense changed."""
+
+    class Striking(Numbering):
+        def rewrite(self, texts):
+            return [text.replace(" 1234567", "") for text in texts]
+
+    target, config, original = numbered
+    records = [replace(record) for record in target.dataset.records]
+    records[0] = replace(records[0], more_captions=["left lung 1234567", "of one 1234567"])
+    records[1] = replace(records[1], more_captions=["as it was"])
+    target = replace(target, dataset=replace(target.dataset, records=records), defenses=[Striking()])
+    found = captions.for_prompts(target, asking(config, "trained")).records
+    assert found[0].more_captions == ["left lung", "of one"] and found[1].more_captions == ["as it was"]
+    assert [record.caption for record in found] == original
+    assert records[0].more_captions == ["left lung 1234567", "of one 1234567"]  # the data's stay
+    assert captions.for_prompts(target, asking(config, None)).records[0].more_captions == records[0].more_captions
+
+
 def test_scores_of_prompts_are_joined_with_records_by_trained_captions(numbered, tmp_path, monkeypatch):
     target, config, original = numbered
     target = replace(target, output=SimpleNamespace(attack=tmp_path))

@@ -13,22 +13,16 @@ from accelerate import Accelerator
 from defenses.base import Defense
 from defenses.errors import UserError
 from eval import stage
-from eval.captioncontrol import (
-    CaptionControl,
-    compare,
-    distances,
-    exact_p_value,
-    heldout_candidates,
-    outcomes,
-    owners,
-    plan,
-)
+from eval.captioncontrol import CaptionControl, compare, heldout_candidates, plan
+from eval.captionunits import distances, exact_p_value, outcomes, owners
 from eval.control import Rule, control
 from eval.generations import Generations, file_of, write
-from eval.prompted import PromptFinding
+from eval.promptrecords import PromptFinding
+from eval.report import ReportConfig, render
+from eval.stratified import Stratum, strata
 from eval.target import Target, pictures_of
 from eval.verdict import verdict
-from tests.fabricate import fabricate_report
+from tests.fabricate import Fabricated, fabricate_report
 from tests.reference import brute_force, fabricated
 from tests.small import small_config
 from tests.test_stream import Planted, settings
@@ -96,7 +90,7 @@ def test_a_faithful_artist_is_not_accused():
         for split, first, images in (("train", 0, drawn[0]), ("heldout", 20, drawn[1])):
             texts = [each.caption for each in dataset.records if each.split == split]
             given = {row - first: image for row, image in images.items()}
-            found.append(outcomes(split, texts, given, known, dataset, rule, "cpu"))
+            found.append(outcomes(split, texts, given, known, dataset, rule, "cpu").own)
     training, heldout = np.array(found[::2]), np.array(found[1::2])
     assert training.shape == (200, 20) and heldout.shape == (200, 8)
     p_values = np.array([exact_p_value(*each) for each in zip(training, heldout, strict=True)])
@@ -156,8 +150,26 @@ def test_a_unit_counts_once_and_shared_captions_not_at_all():
     # "b" brings its picture back, but "a" of the same unit came first; row 7 comes back under another caption
     found = against(dataset, {1: images[1], 2: images[7], 3: images[3]}, {4: images[4]})
     assert found["training"] | {"prompts": 5} == {"prompts": 5, "candidates": 3, "tested": 3, "own": 1}
+    assert found["stratified"]["strata"] == [
+        {"copies": 1, "tested": 1, "own": 0, "training": {"tested": 3, "own": 1}}
+    ] and found["stratified"]["p_value"] == pytest.approx(3 / 4)
     assert (found["prompts"], found["candidates"], found["tested"], found["own"]) == (3, 1, 1, 0)
     assert found["p_value"] == pytest.approx(3 / 4)  # one of four units, three of them trained on
+
+
+def test_a_unit_belongs_to_the_stratum_of_its_most_copied_picture():
+    """Row 1 and 2 are pictures of a person; the caption of the more copied one is asked first."""
+    images = fabricated.blobs(1, 5, side=8)
+    records = [
+        record(0, "train", "once"), record(1, "train", "five", block=1, copies=5), record(2, "train", "two", block=1, copies=2),
+        record(3, "heldout", "apart", copies=5), record(4, "heldout", "single"),
+    ]  # fmt: skip
+    dataset = Dataset(records, images)
+    known, rule = owners(dataset), Rule(1, lambda distance: distance[:, 0] / 0.15)
+    found = outcomes("train", ["five", "two", "once"], {0: images[1]}, known, dataset, rule, "cpu")
+    assert (found.own.tolist(), found.kind.tolist()) == ([True, False], [5, 1])
+    other = outcomes("heldout", ["apart", "single"], {}, known, dataset, rule, "cpu")
+    assert strata(found, other) == [Stratum(5, 1, 1, 1, 0), Stratum(1, 1, 0, 1, 0)]
 
 
 def test_held_out_captions_are_chosen_as_training_captions_are():
@@ -279,6 +291,55 @@ def test_a_leak_must_be_beyond_the_caption_too(p_value, beyond, level, words):
     assert "of 8 training pictures with a caption of their own, 6 came" in text
     assert ("is not known: captions" in text) == (beyond is None)
     assert ("never saw gave no p-value, because so." in text) == (beyond is None)
+
+
+@pytest.mark.parametrize(
+    ("within", "alone", "level"), [(0.0377, 0, "leak"), (0.4321, 0, "unclear"), (1.0, 5, "leak"), (None, 6, "leak")]
+)
+def test_the_page_tells_both_p_values_and_what_each_leaves_out(within, alone, level, tmp_path):
+    """Fisher's 0.0123 in all cases; reports of before have no ``stratified``."""
+    run = Fabricated(tmp_path / "run")
+    extraction = run.report["privacy"]["extraction"]
+    strata = [{"copies": 7, "tested": 0 if alone else 4, "own": 0, "training": {"tested": 9, "own": 6}}]
+    strata += [{"copies": 1, "tested": 23, "own": 1, "training": {"tested": 21, "own": 2}}]
+    counterpart = {"tested": 9 if alone else 0, "own": alone}
+    part = {
+        "p_value": within,
+        "reason": None if within else "nobody is like them",
+        "strata": strata,
+        "without_counterpart": counterpart,
+    }
+    captions = {
+        "prompts": 27, "pictures": 31, "candidates": 1, "verified": 1, "tested": 27, "own": 1, "p_value": 0.0123, "reason": None,
+        "unit": "picture", "training": {"prompts": 30, "candidates": 8, "tested": 30, "own": 8, "verified": 5},
+    }  # fmt: skip
+    extraction |= {"protocol": "prompted", "prompts": 30, "withheld": {"images": 1357, "prompts": 13, "reason": None}}
+    pages = []
+    for more in ({}, {"stratified": part}):
+        extraction["control"]["captions"] = captions | more
+        render(run.folder, run.report, images=run.image, restricted=False, config=ReportConfig())
+        pages.append(" ".join((run.folder / "report.html").read_text().split()))
+    assert (
+        "Beyond the caption: p = 0.012 (Fisher's test, one-sided)." in pages[0]
+        and "equally many copies" not in pages[0]
+    )
+    assert "A defense withheld 1,357 images; of 13 of 30 prompts it left too few for a clique" in pages[0]
+    said = (
+        f"p = {within:.2g} (one-sided, exact whatever copies do)"
+        if within
+        else "no p-value, because nobody is like them"
+    )
+    assert f"Among pictures with equally many copies: {said}" in pages[1]
+    assert '<tr><td class="n">7</td><td class="n">9</td><td class="n">6</td>' in pages[1]
+    assert (
+        f"9 training pictures, {alone} of them back, have a number of copies that no held-out one has" in pages[1]
+    ) == (alone > 0)
+    outcome = verdict(run.report)
+    sentence = " ".join(outcome["sentences"])
+    assert (f"{alone} of those that came back have a number of copies that no held-out one has" in sentence) == (
+        alone > 0
+    )
+    assert outcome["level"] == level and "p = 0.012 (Fisher's test, one-sided)" in sentence
 
 
 def test_prompts_of_which_a_guard_left_too_little_for_a_clique_are_no_candidates(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from defenses.errors import UserError
 from eval import run as evaluation
 from eval import stage
+from tests.pipelines import stable_diffusion
 from tests.small import OVERRIDES
 from train import cli
 from train import run as training
@@ -268,6 +269,62 @@ def test_mistakes_in_evaluation(overrides, key, tmp_path):
     with pytest.raises(UserError) as caught:
         evaluation.main(cli.Arguments(None, False, [*small, *overrides, f"run.output_dir={tmp_path}"]))
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("target", ["pipeline", "generations"])
+def test_defenses_that_cannot_be_applied_are_refused_by_name(target, tmp_path):
+    """Before anything is loaded: a report without them would be taken for one with them."""
+    later = [
+        "defenses.dedup={}",
+        "defenses.early_stop={}",
+        "defenses.prompt_perturbation={}",
+        "defenses.output_filter={}",
+    ]
+    overrides = [*SMALL_DATA, f"{target}=nowhere", "data.source=phantom", f"run.output_dir={tmp_path}", *later]
+    with pytest.raises(UserError) as caught:
+        evaluation.main(cli.Arguments(None, False, overrides))
+    named = {text.partition("=")[0] for text in later}
+    named -= {"defenses.prompt_perturbation"} if target == "pipeline" else set()
+    assert set(caught.value.key.split(", ")) == named and "leave them out" in caught.value.remedy
+    assert ("prompt_perturbation" in caught.value.remedy) == (target == "pipeline")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_defense_of_prompts_needs_a_model_with_prompts(folders, tmp_path):
+    save_pipeline(tmp_path / "model", build(ModelConfig(), 16, 1, 0), noise_schedule(DiffusionConfig()))
+    with pytest.raises(UserError, match="defenses.prompt_perturbation: needs a text-to-image model"):
+        evaluate(
+            f"pipeline={tmp_path / 'model'}", f"data.source={folders[0]}", f"run.output_dir={tmp_path}", "run.name=x",
+            "defenses.prompt_perturbation={}",
+        )  # fmt: skip
+
+
+def test_a_foreign_text_pipeline_behind_a_defense_of_prompts(folders, tmp_path):
+    """The images change, the bare model's are those without the defense, and the report names it."""
+    stable_diffusion(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a chest\nleft lung\n")
+    common = (
+        f"pipeline={tmp_path / 'model'}", f"data.source={folders[0]}", f"generate.prompts={tmp_path / 'prompts.txt'}",
+        "generate.per_prompt=4", f"run.output_dir={tmp_path}", "data.channels=3", "generate.guidance_scale=100",
+    )  # fmt: skip
+    evaluate(*common, "run.name=plain")
+    defense = "defenses.prompt_perturbation={target: 1e-6, steps: 5, learning_rate: 0.02}"
+    report = evaluate(*common, defense, "run.name=guarded")
+    (entry,) = report["defenses"]
+    assert entry["name"] == "prompt_perturbation" and entry["settings"]["target"] == 1e-6
+    assert entry["findings"]["generations"] == 8 and entry["findings"]["perturbed"] == 1.0
+    files = sorted(
+        path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain" / "generations").glob("*/*.png")
+    )
+    plain, other, bare = (
+        [(tmp_path / name / file).read_bytes() for file in files]
+        for name, files in (
+            ("plain", files), ("guarded", files), ("guarded", [Path("generations_guard_off", *f.parts[1:]) for f in files]),
+        )
+    )  # fmt: skip
+    assert len(plain) == 8 and plain == bare and plain != other
+    assert report["privacy"]["extraction_guard_off"]["generations"] == 8
+    assert "prompt_perturbation" in (tmp_path / "guarded" / "report.html").read_text()
 
 
 def test_training_settings_are_fixed_after_training(finished):

@@ -190,6 +190,7 @@ def test_text_to_image_pipelines_are_attacked_by_their_captions(make, prediction
         run=SimpleNamespace(seed=3),
         data=SimpleNamespace(exchangeable=lambda: True, image_size=16, channels=3, restricted=False),
         model=SimpleNamespace(pretrained=str(tmp_path / "base"), revision=None),
+        generate=SimpleNamespace(control_prompts=None),
         attack=SimpleNamespace(
             finetuning=FinetuningConfig(per_prompt=3, steps=2, permutations=9, batch_size=2), copy_metrics=None
         ),
@@ -216,6 +217,7 @@ def test_text_to_image_pipelines_are_attacked_by_their_captions(make, prediction
             f"0000{prompt}/00000{index}.png" for prompt in (0, 1) for index in range(3)
         ]
     assert report["settings"]["space"] == "latents" and report["base"] == str(tmp_path / "base")
+    assert "shared" in report["captions_reason"] and not (output.path / "finetuning_control").exists()
 
 
 @pytest.mark.parametrize(

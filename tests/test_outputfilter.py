@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from defenses import outputfilter
 from defenses.base import FIRST_PRIVATE_INDEX, Pool, SamplingContext
 from defenses.errors import UserError
 from defenses.guard import Guard, conformal_threshold, fitted, is_near, save_filter
@@ -64,6 +66,20 @@ def wrapped(tmp_path, data, model, **settings):
     """With as few false alarms as 40 calibration pictures allow."""
     defense = OutputFilter(OutputFilterConfig(**{"false_alarm_rate": 1 / 41} | settings))
     return defense, defense.wrap_sampler(model, context_of(tmp_path, data, 30))
+
+
+def test_the_samplers_of_one_pool_share_an_index(tmp_path, data, monkeypatch):
+    """The images of the attack, and those of held-out captions: one search, each with records of its own."""
+    built, build = [], outputfilter.build_guard
+    monkeypatch.setattr(outputfilter, "build_guard", lambda *given: built.append(1) or build(*given))
+    defense, context = OutputFilter(OutputFilterConfig(false_alarm_rate=1 / 41)), context_of(tmp_path, data, 30)
+    control = defense.wrap_sampler(Model(data, 1), replace(context, records=tmp_path / "control"))
+    attack = defense.wrap_sampler(Model(data, 2), context)
+    assert len(built) == 1 and len(control([0, 1, 2])) == 3 and len(attack([0, 1])) == 2
+    assert defense.findings()["generations"] == 2 and defense.findings()["flagged"] == 2
+    assert len(list((tmp_path / "control").rglob("draws*"))) == 1
+    defense.wrap_sampler(Model(data, 2), context_of(tmp_path, data, 29))
+    assert len(built) == 2 and defense.findings()["index_pictures"] == 29  # other pictures: another index
 
 
 @pytest.mark.parametrize(

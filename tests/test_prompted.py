@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from eval.extraction import ExtractionConfig
-from eval.prompted import NearestGenerations, clique_size, prompted, tiled_l2
+from eval.prompted import clique_size, prompted, tiled_l2
+from eval.promptrecords import NearestGenerations
 from tests.reference import brute_force, fabricated
 
 

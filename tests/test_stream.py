@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from defenses.base import Defense
 from defenses.errors import UserError
 from defenses.seeding import derive
-from eval import samples, stage, stream
+from eval import drawing, samples, stage, stream
 from eval.config import check
 from eval.generations import find
 from eval.measure import attack, quality_of
@@ -154,14 +154,60 @@ def test_withheld_images_are_left_out_alike(tmp_path):
     images = streamed(tmp_path, config, Planted(gone))
     found = attack(images, dataset(), config, Accelerator(cpu=True))
     _, expected = on_files(tmp_path, config, Planted(gone))
-    assert expected.report["prompts"] == 6 and expected.report["generations"] == 57
+    assert expected.report["prompts"] == 7 and expected.report["generations"] == 57
+    assert expected.report["withheld"] == {"images": 13, "prompts": 1, "reason": None}
+    assert {row["prompt"]: row["withheld"] for row in expected.cliques if row["withheld"]} == {
+        "00001": 2, "00002": 10, "00005": 1,
+    }  # fmt: skip
     agree(images, found, expected)
     assert images.measured == [
         f"{p:05d}/{i:06d}.png" for p in (0, 1, 3, 4, 5, 6) for i in (0, 1) if (p, i) not in ((1, 0), (5, 0))
     ]
     assert (images.folder / "00001" / "000000.withheld").exists()
-    with pytest.raises(UserError, match="every image was withheld"):
-        streamed(tmp_path / "none", config, Planted([(prompt, index) for prompt in PROMPTS for index in range(10)]))
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 4])
+def test_a_guard_that_leaves_too_few_images_of_every_prompt_leaves_no_candidates(left, tmp_path):
+    """A clique of 4 cannot exist among 3 images: that is an answer of the attack, not a mistake of the user."""
+    config = settings()
+    config.attack.extraction.tier = None
+    gone = [(prompt, index) for prompt in PROMPTS for index in range(left, 10)]
+    images = streamed(tmp_path, config, Planted(gone))
+    found = attack(images, dataset(), config, Accelerator(cpu=True))
+    _, expected = on_files(tmp_path, config, Planted(gone))
+    agree(images, found, expected)
+    report, flagged = expected.report, 3 if left == 4 else 0
+    assert (report["candidates"], report["verified"]) == (flagged, 2 * (left == 4))
+    assert (report["prompts"], report["generations"]) == (7, 7 * left)
+    assert report["withheld"]["images"] == 7 * (10 - left) and report["withheld"]["prompts"] == (0 if left == 4 else 7)
+    if left < 4:
+        assert "too few for a clique" in report["withheld"]["reason"] and report["control"]["p_value"] == 1.0
+        assert report["rate_ci95"] == [0.0, 0.15]  # none of 20
+    assert [row["generations"] for row in expected.cliques] == [left] * 7 and (
+        expected.pictures.l2.max() == np.inf
+    ) == (left == 0)
+
+
+def test_the_size_of_the_attack_is_what_was_asked_for(tmp_path):
+    """One image that a guard withholds of 8 x 16 must not end an attack of tier smoke after it was drawn."""
+    prompts = [f"fresh {number}" for number in range(7)] + ["copy 4"]
+    for keep in ("all", "flagged"):
+        config = settings(keep=keep, per_prompt=16)
+        config.attack.extraction.tier = "smoke"
+        source, accelerator = Planted([("fresh 3", 7)]).source, Accelerator(cpu=True)
+        source.prompts = prompts
+        target = SimpleNamespace(
+            dataset=dataset(), generations=tmp_path / keep, output=SimpleNamespace(attack=tmp_path / f"attack-{keep}")
+        )
+        images = drawing.draw(source, "", target, config, accelerator)
+        report = attack(images, target.dataset, config, accelerator).report
+        assert (report["tier"], report["generations"], report["verified"]) == ("smoke", 127, 1)
+        config.generate.per_prompt = 3
+        with pytest.raises(UserError, match=r"smoke needs"):
+            drawing.draw(source, "", target, config, accelerator)
+        config.attack.extraction.tier = None
+        with pytest.raises(UserError, match="a clique of 4 cannot exist among 3 images"):
+            drawing.draw(source, "", target, config, accelerator)  # before anything is drawn
 
 
 @pytest.mark.parametrize("save_seconds", [-1.0, 1e9])
@@ -406,7 +452,8 @@ def test_the_whole_evaluation_with_a_guard(tmp_path, monkeypatch):
     whole, streamed = (
         [report["privacy"][part] for part in ("extraction", "extraction_guard_off")] for report in reports
     )
-    assert [part["verified"] for part in whole] == [1, 2] and [part["prompts"] for part in whole] == [6, 7]
+    assert [part["verified"] for part in whole] == [1, 2] and [part["prompts"] for part in whole] == [7, 7]
+    assert whole[0]["withheld"] == {"images": 15, "prompts": 1, "reason": None} and whole[1]["withheld"] is None
     for one, other in zip(whole, streamed, strict=True):
         assert other.pop("streamed")["images_measured"] in (11, 14)
         assert {**other, "seconds": 0} == {**one, "seconds": 0} if "seconds" in one else other == one
@@ -417,9 +464,61 @@ def test_the_whole_evaluation_with_a_guard(tmp_path, monkeypatch):
     assert len(lines) == len((folder / "attack" / "copy_metrics.csv").read_text().splitlines())
     assert (folder / "attack" / "cliques.csv").read_text() == (tmp_path / "all" / "attack" / "cliques.csv").read_text()
     page = (folder / "report.html").read_text()
+    assert "A defense withheld 15 images; of 1 of 7 prompts it left too few for a clique" in page
     assert "copy 7" in page and "agreed 3" in page and "were\n    kept" in page
     names = {path.parent.name for path in (folder / "generations_guard_off").glob("*/*.png")}
     assert len(names) == 7 and len(list((folder / "generations_guard_off" / "00001").iterdir())) == 10
+
+
+class Wall(Withholder):
+    """Lets nothing out at all."""
+
+    def wrap_sampler(self, sampler, context):
+        return lambda indices, conditions=None: torch.full((len(indices), 1, 16, 16), torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keep", ["all", "flagged"])
+def test_the_whole_evaluation_behind_a_wall(keep, tmp_path, monkeypatch):
+    """Nothing leaves: no candidates, with the reason, and the bare model's figures beside."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.setattr(stage.samples, "load", lambda *arguments: Planted().source)
+    tree, config = small_config(
+        tmp_path, "run.name=wall", f"generate.keep={keep}", "generate.per_prompt=10", "generate.batch_size=32",
+        "generate.count=12", f"generate.prompts={tmp_path / 'prompts.txt'}", "attack.copy_metrics={}",
+        "attack.extraction.permutations=99", "utility.kid_subsets=2",
+    )  # fmt: skip
+    output = RunDirectory(config.run)
+    output.open(tree, "test")
+    stage.evaluate(
+        Target(output, dataset(), tmp_path, output.generations, defenses=[Wall()]), config, Accelerator(cpu=True)
+    )
+    report = json.loads(output.report.read_text())
+    extraction, bare = (report["privacy"][part] for part in ("extraction", "extraction_guard_off"))
+    assert (extraction["candidates"], extraction["verified"], extraction["generations"]) == (0, 0, 0)
+    assert extraction["withheld"]["prompts"] == 7 and bare["verified"] == 2 and report["utility"] is None
+    page = (output.path / "report.html").read_text()
+    assert (
+        "No candidates: a defense withheld so many images that too few for a clique are left of every prompt." in page
+    )
+    assert "with the guard off" in page
+    rows = (output.attack / "cliques.csv").read_text().splitlines()
+    assert len(rows) == 8 and all(row.split(",")[1::10] == ["0", "10"] for row in rows[1:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_untargeted_attack_behind_a_wall(tmp_path, monkeypatch):
+    source = samples.Source("untargeted", lambda indices, _: torch.rand(len(indices), 1, 16, 16), np.zeros(0), FACTS)
+    monkeypatch.setattr(stage.samples, "load", lambda *arguments: source)
+    tree, config = small_config(tmp_path, "run.name=wall", "attack.extraction.permutations=99", "utility.kid_subsets=2")
+    output = RunDirectory(config.run)
+    output.open(tree, "test")
+    target = Target(output, dataset(), tmp_path, output.generations, defenses=[Wall()])
+    stage.evaluate(target, config, Accelerator(cpu=True))
+    report = json.loads(output.report.read_text())
+    extraction, bare = (report["privacy"][part] for part in ("extraction", "extraction_guard_off"))
+    assert (extraction["generations"], extraction["candidates"], extraction["verified"]) == (0, 0, 0)
+    assert extraction["control"]["p_value"] == 1.0 and bare["generations"] == 16 and report["utility"] is None
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -108,6 +108,18 @@ def test_what_the_fine_tuning_gives_away_counts_against_its_control_alone(verifi
     assert ("no control: not evidence" in text) == (p_value is None)
 
 
+@pytest.mark.parametrize(("beyond", "level"), [(0.04, "leak"), (0.06, "none"), (None, "leak")])
+def test_what_the_fine_tuning_gives_away_must_be_beyond_the_caption(beyond, level):
+    report = fabricate_report(0)
+    part = finetuning(5, 0.01)
+    counts = {"tested": 8, "own": 1, "training": {"tested": 8, "own": 6}, "unit": "picture", "reason": "so"}
+    part["weights"][1]["captions"] = counts | {"p_value": beyond, "p_value_holm": beyond}
+    report["privacy"]["finetuning"] = part
+    outcome = verdict(report)
+    assert outcome["level"] == level
+    assert "of 8 training pictures with a caption of their own, 6 came back by it" in " ".join(outcome["sentences"])
+
+
 @pytest.mark.parametrize(
     ("change", "title"),
     [

@@ -83,6 +83,8 @@ def describe_training(
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     if families.of(config.model).captioned:
         say(config.generate.outlook(*prompt_counts(config, dataset)))
+        if config.attack.finetuning is not None:
+            say(finetuning_outlook(config, *(len(captions_in(dataset, split)) for split in ("train", "heldout"))))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
         say(line)
     batches = trainer.microbatches(trainer.plan.batch(0))
@@ -117,12 +119,27 @@ def describe_training(
 
 def prompt_counts(config: SimpleNamespace, dataset: Dataset) -> tuple[int, int]:
     """Different prompts that the attack may ask, and captions of held-out pictures for its control."""
-    known = {dataset.records[row].caption for row in dataset.rows("train")} - {None, ""}
+    known = captions_in(dataset, "train")
     if config.generate.prompts is not None:
         lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
         known = {line.strip() for line in lines} - {""}
-    heldout = {dataset.records[row].caption for row in dataset.rows("heldout")} - {None, ""}
-    return len(known), len(heldout)
+    return len(known), len(captions_in(dataset, "heldout"))
+
+
+def finetuning_outlook(config: SimpleNamespace, captions: int, heldout: int) -> str:
+    """What the attack on the fine-tuning of a text-to-image model will draw, for so many distinct captions of either split."""
+    settings, most = config.attack.finetuning, config.generate.control_prompts
+    prompts = max(1, min(captions, settings.max_prompts)) if settings.prompts is None else settings.max_prompts
+    control = 0 if settings.prompts or not captions else min(heldout, prompts if most is None else most)
+    each, weights = settings.per_prompt * len(settings.weights), len(settings.weights)
+    text = f"attack on the fine-tuning up to {prompts} prompts x {settings.per_prompt} images x {weights} weights x {settings.steps} steps"
+    more = f"; control of up to {control} held-out captions: {control * each} images more" if control else ""
+    return f"{text}: {prompts * each} images{more}"
+
+
+def captions_in(dataset: Dataset, split: str) -> set[str]:
+    """Different captions of one split."""
+    return {dataset.records[row].caption for row in dataset.rows(split)} - {None, ""}
 
 
 def images_written(config: SimpleNamespace, dataset: Dataset, defenses: Sequence[Defense]) -> int:
