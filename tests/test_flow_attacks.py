@@ -87,7 +87,7 @@ def test_the_models_noise_at_the_first_step_is_its_input(folders):
     for t, s in ((999, 1.0), (499, 0.75)):
         found = sampler.predict(start, torch.tensor([t]), text, pooled)
         assert torch.allclose(found, start + (1 - s) * velocity(pipeline, start, s, ["a chest"]), atol=1e-5)
-    context = SamplingContext(lambda rows: None, 0, Path(), text_model=sampler)
+    context = SamplingContext(None, None, Path(), None, text_model=sampler)
     with pytest.raises(UserError, match="does not depend on the prompt"):
         PromptPerturbation(PromptPerturbationConfig()).wrap_sampler(sampler, context)
 
@@ -141,6 +141,14 @@ def test_the_step_from_base_to_tuned_is_taken_further(folders):
 def test_a_base_of_another_shift_is_refused(folders):
     with pytest.raises(UserError, match="another noise schedule"):
         pair_of(*(load_denoiser(folders[name], SHAPE, CPU) for name in ("tuned", "clip")), SHAPE)
+
+
+def test_weights_kept_in_bf16_give_the_same_images(folders):
+    settings, images = SamplerConfig(sampler="euler", steps=3), []
+    for kept in ("bf16", "fp32"):
+        sampler = TextSampler(load_model(folders["t5"], CPU, kept), settings, "bf16", 5, 16, 3)
+        images.append(sampler([0, 1], ["a chest", "left lung"]))
+    assert torch.equal(images[0], images[1])
 
 
 def test_levels_and_betas_are_told_apart(folders, tmp_path):
