@@ -141,12 +141,24 @@ def test_full_training_moves_the_network_and_nothing_else(folders, tmp_path, nam
     assert theirs(directory.model)("a chest", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_clip_can_be_trained_too_and_t5_never_is(folders, tmp_path, name):
+    options = ["model.train_text_encoder=true", "defenses.captions={noise_probability: 0.5}", "train.steps=3"]
+    _, directory, _ = run(tmp_path, folders[name], *options, "train.gradient_checkpointing=true")
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        changed = moved(folders[name], directory.model, part)
+        assert len(changed) > 30 and (part == "transformer" or "text_projection.weight" in changed)
+    for part in ("vae", *(["text_encoder_3"] if name == "t5" else [])):
+        assert not moved(folders[name], directory.model, part)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_option_at_once(folders, tmp_path, precision):
     options = [
         "train.gradient_checkpointing=true", f"train.precision={precision}", "train.ema_decay=0.5", "train.accumulation=2",
         "train.caption_dropout=0.5", "train.diffusion.flow.weighting=cosmap", "model.trainable=['*attn*']",
         "defenses.captions={noise_probability: 0.5}", "defenses.text_filter={threshold: 100.0}",
+        "defenses.anti_gradient={}",
     ]  # fmt: skip
     _, directory, _ = run(tmp_path, folders["t5"], *options)
     changed = moved(folders["t5"], directory.model, "transformer")
@@ -163,15 +175,17 @@ def test_gradient_checkpointing_changes_no_weight(folders, tmp_path):
     assert all(torch.allclose(saved[0][name], saved[1][name], atol=1e-6) for name in saved[0])
 
 
-@pytest.mark.parametrize("name", ["t5", "clip"])
-def test_lora_reproduces_the_merged_pipeline_and_the_previews(folders, tmp_path, name):
+@pytest.mark.parametrize(("name", "text"), [("t5", "true"), ("t5", "false"), ("clip", "true")])
+def test_lora_reproduces_the_merged_pipeline_and_the_previews(folders, tmp_path, name, text):
     options = [
+        f"model.train_text_encoder={text}",
         "model.adapter.rank=2", "model.adapter.alpha=6", "train.learning_rate=0.05", "train.steps=6",
         "train.preview_every=3", "train.preview_count=3", "train.ema_decay=0.5",
     ]  # fmt: skip
     _, directory, _ = run(tmp_path, folders[name], *options)
     whole, added, plain = theirs(directory.model), theirs(folders[name]), theirs(folders[name])
     added.load_lora_weights(directory.model / "lora")
+    assert bool(moved(folders[name], directory.model, "text_encoder")) == (text == "true")
     told = json.loads((directory.samples / "prompts.json").read_text())
     noise = load_file(directory.samples / "start_noise.safetensors")["noise"]
     assert noise.shape == (3, 16, 8, 8) and told["sampler"] == "euler" and "timestep_spacing" not in told
@@ -204,8 +218,9 @@ def test_caches_change_nothing_and_are_used(folders, tmp_path, monkeypatch):
     assert not calls
 
 
-def test_resume_is_exact(folders, tmp_path):
-    options = ["model.adapter.rank=2", "train.keep_checkpoints=null"]
+@pytest.mark.parametrize("text", ["true", "false"])
+def test_resume_is_exact(folders, tmp_path, text):
+    options = ["model.adapter.rank=2", "train.keep_checkpoints=null", f"model.train_text_encoder={text}"]
     _, whole, _ = run(tmp_path / "whole", folders["t5"], *options)
     config, dataset, directory, defenses, accelerator = opened(
         tmp_path / "killed", *FLOW, f"model.pretrained={folders['t5']}", *options
@@ -221,14 +236,21 @@ def test_resume_is_exact(folders, tmp_path):
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_dp_sgd_on_lora(folders, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "text"), [("fp32", "true"), ("bf16", "true"), ("bf16", "false")])
+def test_dp_sgd_on_lora(folders, tmp_path, precision, text):
     """Gradients per record; the start-up check compares them with a loop."""
-    options = ["defenses.dpsgd.epsilon=8", "defenses.dpsgd.test_seed=1", "model.adapter.rank=2", "train.steps=2"]
+    options = [
+        f"model.train_text_encoder={text}",
+        "defenses.dpsgd.epsilon=8",
+        "defenses.dpsgd.test_seed=1",
+        "model.adapter.rank=2",
+        "train.steps=2",
+    ]
     options += ["train.checkpoint_every=2", f"train.precision={precision}"]
     facts, directory, _ = run(tmp_path, folders["t5"], *options)
     assert facts["defenses"][0]["claim"]["kind"] == "dp"
     assert moved(folders["t5"], directory.model, "transformer")
+    assert bool(moved(folders["t5"], directory.model, "text_encoder_2")) == (text == "true")
 
 
 def test_dp_sgd_on_all_weights(folders, tmp_path):
@@ -262,6 +284,17 @@ def test_losses_of_the_audit_are_those_of_the_velocity(folders, tmp_path):
     assert found[:, place].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+def test_dry_run_tells_sizes(folders, tmp_path, capsys):
+    from tests.small import OVERRIDES
+    from train import cli
+    from train import run as training
+
+    options = [*OVERRIDES, *FLOW, f"run.output_dir={tmp_path}", f"model.pretrained={folders['t5']}"]
+    assert training.main(cli.Arguments(None, True, [*options, "model.adapter={}"])) == 0
+    told = capsys.readouterr().out
+    assert "latents (6, 16, 8, 8)" in told and "text (6, 272, 40)" in told and "T5EncoderModel" in told
+
+
 def test_another_size_than_the_pipelines_own(folders, tmp_path):
     """24 px: places are cut out of the middle of the table, which the released pipeline keeps as it was."""
     _, directory, _ = run(tmp_path, folders["clip"], "data.image_size=24", "train.steps=2", "train.checkpoint_every=0")
@@ -280,7 +313,6 @@ def test_another_size_than_the_pipelines_own(folders, tmp_path):
             ["train.diffusion.prediction=epsilon", "train.diffusion.noise_schedule=linear"], "train.diffusion.prediction",
             "prediction=flow train.diffusion.noise_schedule=null train.diffusion.snr_gamma=null",
         ),
-        (["model.train_text_encoder=true"], "model.train_text_encoder", "is not offered for"),
         (["data.image_size=18"], "data.image_size", "not a multiple of 4, .*take 16"),
         (["data.image_size=52"], "data.image_size", "more than the 48 .*take 48"),
         (["defenses.prompt_perturbation={}"], "defenses.prompt_perturbation", "does not depend on the prompt"),

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from defenses.errors import UserError
 from train import flow
-from train.conditioner import Condition, Conditioner, JointConditioner
+from train.conditioner import T5_LENGTH, Condition, Conditioner, JointConditioner
 from train.diffusion import Schedule
 from train.pipelines import Parts
 from train.sampling import SamplerConfig
@@ -36,6 +36,10 @@ class Kind(Protocol):
 
     def conditioner(self) -> Conditioner:
         """Captions to conditions, as the pipeline itself makes them."""
+        ...
+
+    def text_shape(self) -> tuple[int, int]:
+        """(tokens, width) of a caption's embedding."""
         ...
 
     def sides(self) -> tuple[int, int | None]:
@@ -90,6 +94,9 @@ class UNet:
     def conditioner(self) -> Conditioner:
         zeros = self.takes_sizes and self.parts.force_zeros_for_empty_prompt
         return Conditioner(self.parts.tokenizers, self.parts.text_encoders, zeros)
+
+    def text_shape(self) -> tuple[int, int]:
+        return self.parts.tokenizers[0].model_max_length, self.parts.network.config.cross_attention_dim
 
     def sides(self) -> tuple[int, int | None]:
         return 2 ** (len(self.parts.network.config.block_out_channels) - 1), None
@@ -160,8 +167,10 @@ class FlowTransformer:
         self.levels = flow.levels(settings.num_train_timesteps, settings.shift)
 
     def conditioner(self) -> Conditioner:
-        width = self.parts.network.config.joint_attention_dim
-        return JointConditioner(self.parts.tokenizers, self.parts.text_encoders, width)
+        return JointConditioner(self.parts.tokenizers, self.parts.text_encoders, self.text_shape()[1])
+
+    def text_shape(self) -> tuple[int, int]:
+        return self.parts.tokenizers[0].model_max_length + T5_LENGTH, self.parts.network.config.joint_attention_dim
 
     def sides(self) -> tuple[int, int | None]:
         patch = self.parts.network.config.patch_size

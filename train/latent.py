@@ -9,7 +9,7 @@ from torch import nn
 
 from defenses.errors import UserError
 from train import adapters, kinds, pipelines
-from train.conditioner import Condition, embed
+from train.conditioner import Condition
 from train.diffusion import Schedule
 from train.models import ModelConfig
 from train.pipelines import Parts
@@ -23,7 +23,7 @@ class LatentModel(nn.Module):
 
     Args:
         parts: of a pipeline.
-        train_text: whether the text encoders are trained too.
+        train_text: whether the text encoders are trained too; T5 never is.
 
     Attributes:
         parts: of the pipeline; its network is registered under its name there, ``unet`` or ``transformer``.
@@ -34,8 +34,9 @@ class LatentModel(nn.Module):
     def __init__(self, parts: Parts, train_text: bool = False):
         super().__init__()
         self.add_module(parts.part, parts.network)
-        self.text_encoders = nn.ModuleList(parts.text_encoders if train_text else [])
-        frozen = [parts.vae, *([] if train_text else parts.text_encoders)]
+        trained = parts.trainable_text_encoders if train_text else []
+        self.text_encoders = nn.ModuleList(trained)
+        frozen = [parts.vae, *parts.text_encoders[len(trained) :]]
         for module in frozen:
             module.requires_grad_(False).eval()
         # a tuple: nn.Module registers modules and lists of parameters, not what lies in a plain tuple
@@ -67,7 +68,7 @@ class LatentModel(nn.Module):
         that a defense asked for."""
         if batch.tokens is None:
             return Condition(batch.text, batch.pooled)
-        found = embed(self.text_encoders, batch.tokens)
+        found = self.conditioner.embed(batch.tokens)
         if self.nothing is not None:
             found = found.without((batch.tokens == self.nothing.to(batch.tokens.device)).flatten(1).all(1))
         if batch.text is not None:  # noise to add, in units of the embedding's standard deviation
@@ -140,10 +141,6 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
         raise UserError("data.label_key", "a text-to-image model takes captions, not classes", "set it to null")
     source = str(base) if base is not None else config.pretrained
     parts = pipelines.load(source, None if base is not None else config.revision)
-    if config.train_text_encoder and parts.kind == "sd3":
-        raise UserError(
-            "model.train_text_encoder", f"is not offered for {parts.source} (Stable Diffusion 3)", "set it to false"
-        )
     check_size(parts, image_size)
     # the size that it is trained at is what a pipeline call draws and an attack asks for
     parts.network.register_to_config(sample_size=image_size // parts.factor)
@@ -151,7 +148,7 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
     model = LatentModel(parts, config.train_text_encoder or base is not None)  # a random text encoder says nothing
     if model.trains_text:
         for encoder in model.text_encoders:
-            prepare_text_encoder(encoder, config, len(parts.text_encoders))
+            prepare_text_encoder(encoder, config, len(model.text_encoders))
     return model
 
 

@@ -70,6 +70,11 @@ class Parts:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def trainable_text_encoders(self) -> list[nn.Module]:
+        """Those of CLIP, which come first."""
+        return [encoder for encoder in self.text_encoders if not isinstance(encoder, T5EncoderModel)]
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         """The network, vae and the text encoders, under their names in the folder."""
         return {self.part: self.network, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
@@ -229,7 +234,7 @@ def save_lora(folder: Path, network: nn.Module, text_encoders: list[nn.Module]) 
 
     Args:
         network: with or without an adapter (`adapters.apply`), what is frozen with ``requires_grad`` off.
-        text_encoders: one, or two of XL, likewise; of 3 all are frozen.
+        text_encoders: one, or two of XL, or two and T5 of 3, likewise.
 
     Returns:
         Whether it was written: not where there is no adapter, nor where other parameters were trained, since the adapters

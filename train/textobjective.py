@@ -82,8 +82,7 @@ class TextObjective:
         if self.model.trains_text:
             prepared.tokens = self.model.conditioner.tokens(batch.captions).to(device)
             if batch.text_noise is not None:
-                length, width = prepared.tokens.shape[-1], self.model.network.config.cross_attention_dim
-                prepared.text = self.text_noise(batch, length, width, device)
+                prepared.text = self.text_noise(batch, *self.model.kind.text_shape(), device)
         else:
             with autocast(device, self.precision):
                 found = trained_conditions(self.model, batch.captions, self.encode)
