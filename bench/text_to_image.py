@@ -50,7 +50,7 @@ class Example:
 
     def __init__(self, folder: Path, images: torch.Tensor, captions: list[str], batch: int, precision: str, device):
         parts = pipelines.load(folder)
-        self.vae, self.text, self.unet = parts.vae, parts.text_encoders[0], parts.unet
+        self.vae, self.text, self.unet = parts.vae, parts.text_encoders[0], parts.network
         for module in (self.vae, self.text):
             module.requires_grad_(False)
         for module in (self.vae, self.text, self.unet):

@@ -62,6 +62,7 @@ class RunContext:
         timesteps: length of the noise schedule.
         quiet: whether what is measured on the records must not be kept, as in a private run; true unless the trainer says
             otherwise.
+        flow: whether the model is a rectified flow instead of diffusion on a schedule of betas.
     """
 
     pool: Pool
@@ -79,6 +80,7 @@ class RunContext:
     left_out: int = 0
     timesteps: int = 1000
     quiet: bool = True
+    flow: bool = False
 
 
 @dataclass(frozen=True)

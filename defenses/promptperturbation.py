@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from defenses.base import Defense, Sampler, SamplingContext
+from defenses.base import Defense, RunContext, Sampler, SamplingContext
 from defenses.blocklog import BlockLog
 from defenses.errors import UserError
 from defenses.perturbation import LEARNING_RATE, STEPS, Perturbed, perturb
@@ -56,6 +56,21 @@ class PromptPerturbation(Defense):
         self.config = config
         self._log: _Log | None = None
 
+    def begin(self, context: RunContext) -> None:
+        """Refuses a flow before it is trained.
+
+        Raises:
+            UserError: the model is one.
+        """
+        if context.flow:
+            raise self._not_for_flows()
+
+    def _not_for_flows(self) -> UserError:
+        problem = (
+            "a flow begins where its predicted noise does not depend on the prompt: there is no magnitude to lower"
+        )
+        return UserError(f"defenses.{self.name}", problem, "switch it off")
+
     def wrap_sampler(self, sampler: Sampler, context: SamplingContext) -> Sampler:
         """The sampler that is told a `TextCondition` in place of every prompt whose magnitude is above the target.
 
@@ -63,11 +78,13 @@ class PromptPerturbation(Defense):
         through as they are.
 
         Raises:
-            UserError: the model takes no prompts.
+            UserError: the model takes no prompts, or is a flow.
         """
         model = context.text_model
         if model is None:
             raise UserError(f"defenses.{self.name}", "needs a text-to-image model", "switch it off")
+        if model.first_timestep is None:
+            raise self._not_for_flows()
         records = (context.folder if context.records is None else context.records) / FOLDER
         log = self._log = _Log(records, context.accelerator.process_index)
 

@@ -26,10 +26,10 @@ class TextModel(Protocol):
     """A text-to-image model as a defense at seam 6 may ask it; its weights are frozen and in evaluation mode.
 
     Attributes:
-        first_timestep: at which sampling begins.
+        first_timestep: at which sampling begins; None for a flow, where the noise predicted then is the input, whatever the prompt.
     """
 
-    first_timestep: int
+    first_timestep: int | None
 
     def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings, float32 [B, L, D], and pooled ones, float32 [B, P] (None: the network takes none)."""

@@ -24,9 +24,9 @@ from torch import nn
 from defenses import canaries
 from defenses.base import Batch
 from defenses.seeding import RecordRandom
-from eval.textsource import is_text_to_image
+from eval.textsource import kind_of
 from train.data import Dataset
-from train.diffusion import DiffusionConfig, per_example_loss
+from train.diffusion import DiffusionConfig, Schedule, per_example_loss, schedule_of
 from train.latent import LatentModel
 from train.models import build, memory_format
 from train.pipelines import load as load_pipeline
@@ -249,15 +249,15 @@ def released_losses(
     The difference is how much training on these records has changed what is known of each: without it, easy pictures
     seem to be in.
     """
-    schedule = DDPMScheduler.from_pretrained(model_folder, subfolder="scheduler", local_files_only=True)
-    if is_text_to_image(model_folder):
-        losses = canary_losses(
-            LatentModel(load_pipeline(model_folder)), schedule, dataset, rows, classes, accelerator, draws
-        )
+    if kind_of(model_folder) is not None:
+        released = LatentModel(load_pipeline(model_folder))
+        schedule = schedule_of(released.parts.scheduler)
+        losses = canary_losses(released, schedule, dataset, rows, classes, accelerator, draws)
         if config.model.pretrained is None:
             return losses
         start = LatentModel(load_pipeline(config.model.pretrained, config.model.revision))
         return losses - canary_losses(start, schedule, dataset, rows, classes, accelerator, draws)
+    schedule = DDPMScheduler.from_pretrained(model_folder, subfolder="scheduler", local_files_only=True)
     released = UNet2DModel.from_pretrained(
         model_folder, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
     )
@@ -272,7 +272,7 @@ def released_losses(
 @torch.no_grad()
 def canary_losses(
     model: nn.Module,
-    schedule: DDPMScheduler,
+    schedule: Schedule,
     dataset: Dataset,
     rows: np.ndarray,
     classes: list[str],

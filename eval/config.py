@@ -22,6 +22,7 @@ from eval.membership import check as check_membership
 from eval.quality import UtilityConfig
 from eval.report import ReportConfig
 from eval.sscd import load_sscd
+from eval.textsource import kind_of
 from train import families
 from train.diffusion import native_precision
 from train.sampling import SamplerConfig
@@ -147,6 +148,7 @@ def check(config: SimpleNamespace) -> None:
             "generate.steps", f"is more than train.diffusion.timesteps={config.train.diffusion.timesteps}", "lower it"
         )
     check_captions(config, foreign)
+    check_flow(config, foreign)
     check_keep(config)
     check_along(config, foreign)
     check_white_box(config, foreign)
@@ -183,6 +185,23 @@ def check(config: SimpleNamespace) -> None:
         )
     if config.report.push_to_hub is not None:
         raise UserError("report.push_to_hub", "is refused where data.restricted is true", "set it to null")
+
+
+def check_flow(config: SimpleNamespace, foreign: str | None) -> None:
+    """Refuses for a flow what draws or attacks diffusion on a schedule of betas alone, and the other way round.
+
+    Raises:
+        UserError: generate.sampler or attack.inpainting.
+    """
+    pipeline = getattr(config, "pipeline", None)
+    if foreign is not None and pipeline is None:  # images alone
+        return
+    flow = config.train.diffusion.prediction == "flow" if pipeline is None else kind_of(Path(pipeline)) == "sd3"
+    if flow != (config.generate.sampler == "euler"):
+        problem = f"{config.generate.sampler} does not draw {'a flow' if flow else 'what is no flow'}"
+        raise UserError("generate.sampler", problem, f"set it to {'euler' if flow else 'ddim'}")
+    if flow and config.attack.inpainting is not None:
+        raise UserError("attack.inpainting", "(RePaint) is not defined for a flow", "set it to null")
 
 
 def check_keep(config: SimpleNamespace) -> None:

@@ -1,6 +1,5 @@
 """A released model as the white-box attacks see it: predicted noise of any picture, at any timestep, under any condition."""
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn.functional import interpolate
 
 from defenses.errors import UserError
+from eval.textconditions import null_condition, text_condition
+from train import flow
 from train.gan import PIPELINE as GAN_PIPELINE
 from train.models import memory_format
+from train.pipelinefolder import KINDS, OPTIONAL
 from train.release import SIDECAR
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -29,8 +31,8 @@ class Denoiser:
 
     Attributes:
         network: what is differentiated; frozen and in evaluation mode.
-        alphas_cumprod: float32 [T]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
-        prediction: what the network returns, one of PREDICTIONS.
+        alphas_cumprod: float32 [T]; x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise. Of a flow: a_t of the same ratio of signal to noise.
+        prediction: what the network returns, one of PREDICTIONS, or "flow": the velocity noise - x_0.
         predict: (x_t [B, ...], timesteps int64 [B], condition) -> output of the network [B, ...].
         encode: uint8 [B, C, H, W] of the data -> x_0 [B, ...] in the model's own space: pixels in [-1, 1], or scaled latents.
         decode: x_0 -> images float32 [B, C, H, W] in [0, 1], of the data's shape.
@@ -56,6 +58,7 @@ class Denoiser:
     classes: Sequence[str] = ()
     shape: tuple[int, ...] = ()
     null: Callable[[int], Condition] | None = None
+    levels: torch.Tensor | None = None
 
     @property
     def timesteps(self) -> int:
@@ -67,9 +70,20 @@ class Denoiser:
         return min(int(round(place * self.timesteps)), self.timesteps - 1)
 
     def rates(self, timesteps: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), [B, 1, ...] to multiply with ``x``."""
+        """Shares of x_0 and of the noise in x_t, sqrt(a_t) and sqrt(1 - a_t), or 1 - s_t and s_t, [B, 1, ...] to multiply with ``x``."""
+        if self.levels is not None:
+            spread = self.levels[timesteps].reshape(-1, *[1] * (x.ndim - 1))
+            return 1 - spread, spread
         signal = self.alphas_cumprod[timesteps].reshape(-1, *[1] * (x.ndim - 1))
         return signal.sqrt(), (1 - signal).sqrt()
+
+    def shares(self, timesteps: np.ndarray) -> tuple[list[float], list[float]]:
+        """`rates` at each of ``timesteps``, int64 [n], as numbers; before them those of x_0 itself, 1 and 0."""
+        if self.levels is not None:
+            spread = np.concatenate([[0.0], self.levels.cpu().double().numpy()[timesteps]])
+            return (1 - spread).tolist(), spread.tolist()
+        signal = np.concatenate([[1.0], self.alphas_cumprod.cpu().double().numpy()[timesteps]])
+        return (signal**0.5).tolist(), ((1 - signal) ** 0.5).tolist()
 
     def noised(self, x: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t of x_0 = ``x``."""
@@ -82,6 +96,8 @@ class Denoiser:
         if self.prediction == "epsilon":
             return output
         signal, spread = self.rates(timesteps, x)
+        if self.prediction == "flow":
+            return x + signal * output
         return signal * output + spread * x if self.prediction == "v_prediction" else (x - signal * output) / spread
 
     def predict_clean(self, x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -91,6 +107,8 @@ class Denoiser:
         if self.prediction == "epsilon":
             return self.clean(x, output, timesteps)
         signal, spread = self.rates(timesteps, x)
+        if self.prediction == "flow":
+            return x - spread * output
         return signal * x - spread * output if self.prediction == "v_prediction" else output
 
     def clean(self, x: torch.Tensor, epsilon: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -113,11 +131,14 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device, latent
     if not index.is_file():
         raise UserError("pipeline", f"{folder} holds no model_index.json", "give a folder written by save_pretrained")
     try:
-        name = json.loads(index.read_text()).get("_class_name")
+        told = json.loads(index.read_text())
+        name = told.get("_class_name")
         if name == GAN_PIPELINE:
             raise _unknown(folder, "a GAN, which predicts no noise")
+        # diffusers wants to hear that Stable Diffusion 3 comes without T5
+        absent = {part: None for part in OPTIONAL if name in KINDS and told.get(part) == [None, None]}
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, **absent
         )
     except UserError:
         raise
@@ -126,6 +147,8 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device, latent
         raise UserError(
             "pipeline", f"{folder}: {reason}", "it must load with DiffusionPipeline.from_pretrained"
         ) from error
+    if isinstance(getattr(pipeline, "transformer", None), SD3Transformer2DModel) and KINDS.get(name) == "sd3":
+        return _text_to_image(pipeline, shape, device, latent_side)
     schedule = getattr(getattr(pipeline, "scheduler", None), "config", {})
     if "beta_schedule" not in schedule or schedule.get("prediction_type", "epsilon") not in PREDICTIONS:
         raise _unknown(folder, f"a {name} without a schedule of betas, or one that predicts neither noise, v nor image")
@@ -144,7 +167,7 @@ def load(folder: Path, shape: tuple[int, int, int], device: torch.device, latent
 def _unknown(folder: Path, what: str) -> UserError:
     return UserError(
         "pipeline",
-        f"{folder} is {what}: membership, inpainting and canary losses need UNet2DModel, or a UNet2DConditionModel with VAE and text encoder",
+        f"{folder} is {what}: membership, inpainting and canary losses need UNet2DModel, or a UNet2DConditionModel or Stable Diffusion 3 with VAE and text encoder",
         "switch these attacks off (attack.membership=null attack.inpainting=null); extraction does not need them",
     )
 
@@ -192,10 +215,11 @@ def of_network(
 def _text_to_image(
     pipeline: Any, shape: tuple[int, int, int], device: torch.device, latent_side: int | None
 ) -> Denoiser:
-    """Stable Diffusion 1.x, 2.x, XL: denoising of the scaled latents of the VAE, under the embedding of a caption."""
+    """Stable Diffusion 1.x, 2.x, XL, 3: denoising of the scaled latents of the VAE, under the embedding of a caption."""
     pipeline.to(device)
-    network, vae = pipeline.unet, pipeline.vae
-    for part in (network, vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+    flows = not hasattr(pipeline, "unet")
+    network, vae = pipeline.transformer if flows else pipeline.unet, pipeline.vae
+    for part in (network, vae, *(getattr(pipeline, f"text_encoder{number}", None) for number in ("", "_2", "_3"))):
         if part is not None:
             part.eval().requires_grad_(False)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -203,7 +227,7 @@ def _text_to_image(
     sizes = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes or (0, 1))
     if sizes[0] != sizes[1]:
         raise UserError(
-            "pipeline", f"its unet has sample_size {network.config.sample_size}", "only square sizes are known"
+            "pipeline", f"its network has sample_size {network.config.sample_size}", "only square sizes are known"
         )
     side = sizes[0] * factor
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -219,7 +243,13 @@ def _text_to_image(
         pixels = vae.decode(x / vae.config.scaling_factor + shift, return_dict=False)[0]
         return _fit(pixels / 2 + 0.5, shape).clamp(0, 1)
 
+    schedule = pipeline.scheduler.config
+    levels = flow.levels(schedule.num_train_timesteps, schedule.shift).to(device) if flows else None
+
     def predict(x: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        if flows:
+            times = levels[timesteps] * len(levels)
+            return network(x, timestep=times, return_dict=False, **condition)[0].float()
         added = {name: condition[name] for name in ("text_embeds", "time_ids") if name in condition}
         more = {"added_cond_kwargs": added} if added else {}
         text = condition["encoder_hidden_states"]
@@ -227,47 +257,29 @@ def _text_to_image(
 
     return Denoiser(
         network=network,
-        alphas_cumprod=_alphas_cumprod(pipeline.scheduler.config, device),
-        prediction=pipeline.scheduler.config.get("prediction_type", "epsilon"),
+        alphas_cumprod=_alphas_cumprod(schedule, device) if levels is None else _same_ratio(levels),
+        prediction="flow" if flows else schedule.get("prediction_type", "epsilon"),
         predict=predict,
         encode=encode,
         decode=decode,
-        condition=partial(_text_condition, pipeline, side, device),
+        condition=partial(text_condition, pipeline, side, device),
         kind="caption",
         latent=True,
         device=device,
         shape=(network.config.in_channels, *sizes),
-        null=partial(_null_condition, pipeline, side, device),
+        null=partial(null_condition, pipeline, side, device),
+        levels=levels,
     )
-
-
-@torch.no_grad()
-def _text_condition(pipeline: Any, side: int, device: torch.device, captions: Sequence[str]) -> Condition:
-    """Embeddings of captions as the pipeline itself makes them, with SDXL's sizes of an uncropped picture."""
-    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    known = inspect.signature(pipeline.encode_prompt).parameters
-    found = pipeline.encode_prompt(list(captions), **{key: value for key, value in options.items() if key in known})
-    if len(found) == 2:
-        return {"encoder_hidden_states": found[0]}
-    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=device)
-    return {
-        "encoder_hidden_states": found[0],
-        "text_embeds": found[2],
-        "time_ids": sizes.expand(len(captions), -1),
-    }
-
-
-def _null_condition(pipeline: Any, side: int, device: torch.device, count: int) -> Condition:
-    """Embedding of the empty prompt, or zeros where the pipeline's guidance takes zeros for it (SDXL)."""
-    condition = _text_condition(pipeline, side, device, [""])
-    if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
-        text = {name: torch.zeros_like(value) for name, value in condition.items() if name != "time_ids"}
-        condition |= text
-    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
 
 
 def _alphas_cumprod(schedule: dict[str, Any], device: torch.device) -> torch.Tensor:
     return DDPMScheduler.from_config(schedule).alphas_cumprod.to(device, torch.float32)
+
+
+def _same_ratio(levels: torch.Tensor) -> torch.Tensor:
+    """a with a / (1 - a) = ((1 - s) / s)^2, float32 [T]."""
+    signal, noise = (1 - levels).square(), levels.square()
+    return signal / (signal + noise)
 
 
 def _tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:

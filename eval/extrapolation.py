@@ -117,7 +117,8 @@ def pair_of(tuned: Denoiser, base: Denoiser, image_shape: tuple[int, int, int]) 
 def _width(network: torch.nn.Module) -> Any:
     """Width of the text embedding, or number of classes; None where there is neither."""
     config = getattr(network, "config", {})
-    return config.get("cross_attention_dim") or config.get("num_class_embeds")
+    names = ("cross_attention_dim", "joint_attention_dim", "num_class_embeds")
+    return next((config[name] for name in names if config.get(name)), None)
 
 
 def _refuse_other_autoencoder(tuned_folder: Path, base_folder: Path) -> None:
@@ -171,7 +172,7 @@ def clean_of(pair: Pair, x: torch.Tensor, t: torch.Tensor, guidance: Guidance, t
     clean = base + guidance.weight * (tuned - base)
     if guidance.correction:
         signal, _ = pair.base.rates(t, x)
-        clean = clean - guidance.correction * (x - signal * base) / signal  # sqrt(1 - a_t) eps_base = x - signal * base
+        clean = clean - guidance.correction * (x - signal * base) / signal  # spread * eps_base = x - signal * base
     return clean
 
 
@@ -179,7 +180,7 @@ def clean_of(pair: Pair, x: torch.Tensor, t: torch.Tensor, guidance: Guidance, t
 def sample(
     pair: Pair, guidance: Guidance, conditions: Sequence[Any], indices: Sequence[int], *, steps: int, seed: int
 ) -> torch.Tensor:
-    """x_0 by DDIM with eta = 0 (Song et al. 2021, equation 12), float32 [n, *pair.shape].
+    """x_0 by DDIM with eta = 0 (Song et al. 2021, equation 12), float32 [n, *pair.shape]; of a flow that is Euler's method.
 
     Pixels are clipped to [-1, 1] at every step, and the noise follows the clipped x_0: an extrapolated prediction leaves the
     range often. Latents are not clipped.
@@ -196,17 +197,14 @@ def sample(
     ]
     x, told = torch.stack(start).to(device), _told(pair, guidance, conditions)
     timesteps = timesteps_of(tuned.timesteps, steps)
-    signals = np.concatenate(
-        [[1.0], tuned.alphas_cumprod.cpu().double().numpy()[timesteps]]
-    )  # of each level, clean first
+    signals, spreads = tuned.shares(timesteps)
     for level in range(steps, 0, -1):
         t = torch.full((len(x),), int(timesteps[level - 1]), dtype=torch.int64, device=device)
         clean = clean_of(pair, x, t, guidance, told)
         if not tuned.latent:
             clean = clean.clamp(-1, 1)
-        now, after = float(signals[level]), float(signals[level - 1])
-        noise = (x - now**0.5 * clean) / (1 - now) ** 0.5
-        x = after**0.5 * clean + (1 - after) ** 0.5 * noise
+        noise = (x - signals[level] * clean) / spreads[level]
+        x = signals[level - 1] * clean + spreads[level - 1] * noise
     return x
 
 

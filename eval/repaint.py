@@ -63,6 +63,7 @@ def repaint(
     Returns:
         x_0, float32 [len(generators), C, h, w]; the known part is ``known`` itself.
     """
+    assert denoiser.levels is None  # the posterior below is of betas (eval.config.check_flow)
     device, count = denoiser.device, len(generators)
     timestep = timesteps_of(denoiser.timesteps, levels[0])
     signal = np.concatenate([[1.0], denoiser.alphas_cumprod.cpu().double().numpy()[timestep]])  # of each level

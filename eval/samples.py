@@ -20,7 +20,7 @@ from defenses.textmodel import TextCondition, TextModel
 from eval.config import GenerateConfig
 from eval.detectors import ordered
 from eval.generations import file_of, pixels, save, withheld
-from eval.textsource import TextSampler, is_text_to_image, load_model, side_of
+from eval.textsource import TextSampler, kind_of, load_model, side_of
 from train.compiled import FixedBatch, refuse_without_compiler
 from train.data import Dataset
 from train.files import write_csv
@@ -70,7 +70,7 @@ def load(folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int,
         if config.compile:
             raise UserError("generate.compile", "is not offered for GANs: an image is one pass", "set it to false")
         return _gan_source(folder, config, seed, shape, device)
-    if is_text_to_image(folder):
+    if kind_of(folder) is not None:
         return _text_source(folder, config, seed, shape, device)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -135,7 +135,7 @@ def _gan_source(
 def _text_source(
     folder: Path, config: GenerateConfig, seed: int, shape: tuple[int, int, int], device: torch.device
 ) -> Source:
-    """Stable Diffusion 1.x, 2.x, XL."""
+    """Stable Diffusion 1.x, 2.x, XL, 3."""
     model, known = load_model(folder, device, config.precision), _sidecar(folder)
     facts = {"family": type(model).__name__, "parameters": parameter_count(model)}
     facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}

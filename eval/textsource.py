@@ -13,17 +13,17 @@ from train import pipelines
 from train.compiled import FixedBatch
 from train.conditioner import Condition
 from train.diffusion import autocast
-from train.latent import LatentModel, conditions_of, predict, time_ids
+from train.latent import LatentModel, conditions_of, time_ids
 from train.models import memory_format
+from train.pipelinefolder import KINDS
 from train.sampling import SamplerConfig
-from train.textsampling import build_sampler, latent_shape, sample, start_noise
-
-CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+from train.textsampling import latent_shape, sample, start_noise
 
 
-def is_text_to_image(folder: Path) -> bool:
-    """Whether ``folder`` holds a pipeline that `load_model` reads."""
-    return json.loads((folder / "model_index.json").read_text()).get("_class_name") in CLASSES
+def kind_of(folder: Path) -> str | None:
+    """Which of the pipelines that `load_model` reads lies in ``folder`` (`train.pipelines.Parts.kind`); None: another one, or none."""
+    index = folder / "model_index.json"
+    return KINDS.get(json.loads(index.read_text()).get("_class_name")) if index.is_file() else None
 
 
 def load_model(folder: Path, device: torch.device, precision: str = "fp32") -> LatentModel:
@@ -49,8 +49,7 @@ def side_of(model: LatentModel, known: dict[str, Any]) -> int:
     """Pixels of a side of its images: as it was trained by us, else its own default."""
     if "image_size" in known:
         return known["image_size"]
-    side = model.unet.config.sample_size
-    return (side if isinstance(side, int) else side[0]) * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return model.parts.image_size
 
 
 class TextSampler:
@@ -74,12 +73,12 @@ class TextSampler:
         self.model, self.config, self.precision, self.seed = model, config, precision, seed
         self.shape = (channels, side, side)
         self.device = next(model.parameters()).device
-        self.scheduler = build_sampler(config, model.parts.scheduler.config)
-        self.scheduler.set_timesteps(config.steps, device=self.device)
-        self.first_timestep = int(self.scheduler.timesteps[0])
+        scheduler = model.kind.sampler(config)
+        scheduler.set_timesteps(config.steps, device=self.device)
+        self.first_timestep = int(scheduler.timesteps[0]) if model.kind.begins_with_signal else None
         self._null: Condition | None = None
         rows = config.batch_size * (1 if config.guidance_scale == 1 else 2)
-        self.network = FixedBatch(model.unet, rows) if compiles else None
+        self.network = FixedBatch(model.parts.network, rows) if compiles else None
 
     def __call__(self, indices: Sequence[int], prompts: Sequence[str | TextCondition]) -> torch.Tensor:
         """Float32 [n, C, side, side] in [0, 1]."""
@@ -117,16 +116,14 @@ class TextSampler:
         shape = latent_shape(self.model, self.shape[1])
         pairs = zip(prompts, indices, strict=True)
         noise = torch.stack([start_noise(self.seed, prompt, index, shape) for prompt, index in pairs])
-        return (noise * self.scheduler.init_noise_sigma).to(self.device)
+        return noise.to(self.device)
 
     def predict(
         self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor | None
     ) -> torch.Tensor:
         """See `TextModel`."""
         ids = torch.tensor([time_ids(self.shape[1])] * len(latents), device=self.device)
+        kind, condition = self.model.kind, Condition(text, pooled)
         with autocast(self.device, self.precision):
-            output = predict(self.model.unet, latents, timesteps, Condition(text, pooled), ids).float()
-        if self.scheduler.config.prediction_type == "epsilon":
-            return output
-        signal = self.scheduler.alphas_cumprod.to(self.device)[timesteps][:, None, None, None]
-        return signal.sqrt() * output + (1 - signal).sqrt() * latents
+            output = kind.predict(latents, kind.times(timesteps), condition, ids).float()
+        return kind.epsilon(output, latents, timesteps)

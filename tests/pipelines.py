@@ -11,11 +11,22 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = ("a", "chest", "x", "ray", "of", "patient", "left", "right", "lung", "clear")
 WIDTH = 16  # of the text encoder
@@ -47,12 +58,13 @@ def text_encoder(words: CLIPTokenizer, projection: bool = False) -> torch.nn.Mod
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
-        scaling_factor=0.3, shift_factor=None,
-    )  # fmt: skip
+def autoencoder(**options) -> AutoencoderKL:
+    settings = {
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16,
+        "scaling_factor": 0.3, "shift_factor": None,
+    }  # fmt: skip
+    return AutoencoderKL(**settings | options)
 
 
 def network(channels: int = 4, **options) -> UNet2DConditionModel:
@@ -88,6 +100,39 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
         vae=autoencoder(), text_encoder=text_encoder(words), text_encoder_2=text_encoder(words, projection=True),
         tokenizer=words, tokenizer_2=tokenizer(), unet=unet,
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"), add_watermarker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return pipeline
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Unigrams of WORDS; any other word is the unknown token."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -2.0) for word in WORDS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def stable_diffusion_3(folder: Path, t5: bool = True, shift: float = 3.0) -> StableDiffusion3Pipeline:
+    """Like Stable Diffusion 3: a transformer of the last two kinds of block, latents of 16 x 8 x 8 with a shift and without 1 x 1
+    convolutions, two CLIP text encoders with pooled embeddings, and T5 or none."""
+    words, further = tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=16,
+        pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    # in fresh networks the last layers hide what the text says
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+    config = T5Config(
+        vocab_size=len(further), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    vae = autoencoder(
+        latent_channels=16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=vae,
+        text_encoder=text_encoder(words, projection=True), tokenizer=words,
+        text_encoder_2=text_encoder(words, projection=True), tokenizer_2=tokenizer(),
+        text_encoder_3=T5EncoderModel(config) if t5 else None, tokenizer_3=further if t5 else None,
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)
     return pipeline

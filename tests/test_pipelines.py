@@ -82,7 +82,7 @@ def equal_weights(module: nn.Module, other: nn.Module) -> bool:
 def test_loaded_parts_are_those_that_diffusers_loads(folders, name, kind, prediction):
     parts, theirs = load(folders / name), DiffusionPipeline.from_pretrained(folders / name)
     assert parts.kind == kind and parts.source == str(folders / name)
-    assert equal_weights(parts.unet, theirs.unet) and equal_weights(parts.vae, theirs.vae)
+    assert equal_weights(parts.network, theirs.unet) and equal_weights(parts.vae, theirs.vae)
     assert [type(encoder) for encoder in parts.text_encoders] == [type(theirs.text_encoder)] + (
         [type(theirs.text_encoder_2)] if kind == "sdxl" else []
     )
@@ -168,7 +168,7 @@ def test_sharded_weights_are_read(folders, tmp_path):
         )
         assert len(list((folder / part).glob("*.safetensors"))) > 1
     parts, whole = load(folder), load(folders / "sd")
-    assert equal_weights(parts.unet, whole.unet) and equal_weights(parts.text_encoders[0], whole.text_encoders[0])
+    assert equal_weights(parts.network, whole.network) and equal_weights(parts.text_encoders[0], whole.text_encoders[0])
 
 
 def adapted(folder, rank: int = 2, alpha: float = 5.0, parts=("unet", "text")):
@@ -177,7 +177,7 @@ def adapted(folder, rank: int = 2, alpha: float = 5.0, parts=("unet", "text")):
     found.vae.requires_grad_(False)
     unet = AdapterConfig(rank=rank, alpha=alpha, targets=["to_q", "to_v", "to_out.0", "conv1", "time_emb_proj"])
     text = AdapterConfig(rank=rank, alpha=alpha + 1, targets=TEXT_TARGETS)
-    shaken(apply(found.unet, unet, None)) if "unet" in parts else found.unet.requires_grad_(False)
+    shaken(apply(found.network, unet, None)) if "unet" in parts else found.network.requires_grad_(False)
     for encoder in found.text_encoders:
         shaken(apply(encoder, text, None)) if "text" in parts else encoder.requires_grad_(False)
     return found
@@ -188,8 +188,8 @@ def test_the_saved_pipeline_is_merged(folders, tmp_path, kind):
     base, parts = load(folders / kind), adapted(folders / kind)
     save(tmp_path, parts)
     theirs = DiffusionPipeline.from_pretrained(tmp_path)
-    torch.testing.assert_close(call(kind, theirs.unet), call(kind, parts.unet), atol=1e-5, rtol=1e-5)
-    assert (call(kind, theirs.unet) - call(kind, base.unet)).abs().max() > 0.05
+    torch.testing.assert_close(call(kind, theirs.unet), call(kind, parts.network), atol=1e-5, rtol=1e-5)
+    assert (call(kind, theirs.unet) - call(kind, base.network)).abs().max() > 0.05
     encoders = [theirs.text_encoder] + ([theirs.text_encoder_2] if kind == "sdxl" else [])
     for ours, saved, start in zip(parts.text_encoders, encoders, base.text_encoders, strict=True):
         torch.testing.assert_close(read(saved, ids(parts)), read(ours, ids(parts)), atol=1e-5, rtol=1e-5)
@@ -201,11 +201,11 @@ def test_a_released_pipeline_can_be_trained_again(folders, tmp_path):
     save(tmp_path / "first", adapted(folders / "sd"))
     parts = adapted(tmp_path / "first")
     save(tmp_path / "second", parts)
-    assert save_lora(tmp_path / "lora", parts.unet, parts.text_encoders)
+    assert save_lora(tmp_path / "lora", parts.network, parts.text_encoders)
     base = DiffusionPipeline.from_pretrained(tmp_path / "first")
     base.load_lora_weights(tmp_path / "lora")
     again = load(tmp_path / "second")
-    torch.testing.assert_close(call("sd", base.unet), call("sd", again.unet), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(call("sd", base.unet), call("sd", again.network), atol=1e-5, rtol=1e-5)
     ours, theirs = (read(encoder, ids(parts)) for encoder in (again.text_encoders[0], base.text_encoder))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     names = load_file(tmp_path / "second" / "text_encoder" / "model.safetensors")
@@ -233,7 +233,7 @@ def test_lora_weights_on_the_base_give_the_merged_pipeline(folders, tmp_path, ki
     """Read by diffusers; alpha is 2.5 and 3 times the rank, so a lost scale would show."""
     parts = adapted(folders / kind, parts=which)
     save(tmp_path / "merged", parts)
-    assert save_lora(tmp_path / "lora", parts.unet, parts.text_encoders)
+    assert save_lora(tmp_path / "lora", parts.network, parts.text_encoders)
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     base, expected = (DiffusionPipeline.from_pretrained(path) for path in (folders / kind, tmp_path / "merged"))
     base.load_lora_weights(tmp_path / "lora")
@@ -246,11 +246,11 @@ def test_lora_weights_on_the_base_give_the_merged_pipeline(folders, tmp_path, ki
 def test_lora_file_against_plain_matrices(folders, tmp_path):
     """W + B A of the file is the merged weight, in the names that any reader knows."""
     base, parts = load(folders / "sd"), adapted(folders / "sd")
-    assert save_lora(tmp_path / "lora", parts.unet, parts.text_encoders)
+    assert save_lora(tmp_path / "lora", parts.network, parts.text_encoders)
     save(tmp_path / "merged", parts)
     merged, found = load(tmp_path / "merged"), load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     layers = {
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q": (base.unet, merged.unet),
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q": (base.network, merged.network),
         "text_encoder.text_model.encoder.layers.1.mlp.fc1": (base.text_encoders[0], merged.text_encoders[0]),
     }
     for name, (before, after) in layers.items():
@@ -264,13 +264,13 @@ def test_lora_file_against_plain_matrices(folders, tmp_path):
 def test_half_a_model_is_not_saved_as_lora(folders, tmp_path):
     plain = load(folders / "sd")
     plain.text_encoders[0].requires_grad_(False)
-    assert not save_lora(tmp_path / "lora", plain.unet, plain.text_encoders)  # trained in full
+    assert not save_lora(tmp_path / "lora", plain.network, plain.text_encoders)  # trained in full
     beside = adapted(folders / "sd", parts=("unet",))
     beside.text_encoders[0].requires_grad_(True)
-    assert not save_lora(tmp_path / "lora", beside.unet, beside.text_encoders)  # text encoder trained in full
+    assert not save_lora(tmp_path / "lora", beside.network, beside.text_encoders)  # text encoder trained in full
     more = adapted(folders / "sd", parts=("unet",))
-    more.unet.conv_norm_out.bias.requires_grad_(True)
-    assert not save_lora(tmp_path / "lora", more.unet, more.text_encoders)
+    more.network.conv_norm_out.bias.requires_grad_(True)
+    assert not save_lora(tmp_path / "lora", more.network, more.text_encoders)
     assert not (tmp_path / "lora").exists()
 
 
@@ -278,7 +278,7 @@ def test_saving_changes_nothing_in_memory(folders, tmp_path):
     parts = adapted(folders / "sdxl")
     before = {part: copy.deepcopy(module.state_dict()) for part, module in parts.networks.items()}
     save(tmp_path / "merged", parts)
-    save_lora(tmp_path / "lora", parts.unet, parts.text_encoders)
+    save_lora(tmp_path / "lora", parts.network, parts.text_encoders)
     for part, module in parts.networks.items():
         assert all(torch.equal(tensor, before[part][name]) for name, tensor in module.state_dict().items())
         assert module.state_dict().keys() == before[part].keys()
@@ -286,18 +286,21 @@ def test_saving_changes_nothing_in_memory(folders, tmp_path):
 
 def test_digest_sees_what_is_frozen_alone(folders):
     parts = adapted(folders / "sd", parts=("unet",))
-    modules = [parts.unet, *parts.text_encoders]
+    modules = [parts.network, *parts.text_encoders]
     start = frozen_digest(modules)
-    shaken(parts.unet)
+    shaken(parts.network)
     assert frozen_digest(modules) == start  # the adapter is trained
-    for tensor in (parts.unet.conv_in.weight, dict(parts.text_encoders[0].named_buffers())["embeddings.position_ids"]):
+    for tensor in (
+        parts.network.conv_in.weight,
+        dict(parts.text_encoders[0].named_buffers())["embeddings.position_ids"],
+    ):
         kept = tensor.detach().clone()
         tensor.data.view(-1)[0] += 1
         assert frozen_digest(modules) != start
         tensor.data.copy_(kept)
         assert frozen_digest(modules) == start
     assert frozen_digest(modules[::-1]) != start
-    assert frozen_digest([parts.unet.to(memory_format=torch.channels_last), *parts.text_encoders]) == start
+    assert frozen_digest([parts.network.to(memory_format=torch.channels_last), *parts.text_encoders]) == start
 
 
 def test_digest_by_hand():
@@ -311,7 +314,7 @@ def test_digest_by_hand():
 def test_description(folders):
     parts = load(folders / "v")
     line = describe(parts)
-    unet = sum(p.numel() for p in parts.unet.parameters()) / 1e6
+    unet = sum(p.numel() for p in parts.network.parameters()) / 1e6
     assert line.startswith(f"StableDiffusionPipeline: parameters unet {unet:.1f} M, vae ")
     assert line.endswith("latents 4 x 8 x 8 of 16 px pictures; predicts v_prediction") and "\n" not in line
     assert "text_encoder_2" in describe(load(folders / "sdxl"))

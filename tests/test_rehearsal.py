@@ -147,7 +147,7 @@ def test_the_released_copy_shares_nothing_with_the_model(base, tmp_path):
     )
     state = build_trainer(config, dataset, directory, accelerator, defenses, []).state
     copied = released_model(state)
-    assert copied.parts.unet is copied.unet and copied.vae is copied.beside[0]
+    assert copied.parts.network is copied.unet and copied.vae is copied.beside[0]
     assert copied.conditioner.encoders[0] is copied.beside[1]
     theirs = {each.data_ptr() for module in (state.model, *state.model.beside) for each in module.parameters()}
     assert not theirs & {each.data_ptr() for module in (copied, *copied.beside) for each in module.parameters()}

@@ -3,26 +3,31 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from torch import nn
 
 from defenses.base import Batch
 from defenses.errors import UserError
-from train.objective import Objective
+from train.flow import FlowConfig, RectifiedFlow
+from train.objective import Objective, Process
+
+Schedule = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
 @dataclass(kw_only=True)
 class DiffusionConfig:
     """Section ``train.diffusion``."""
 
-    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"  # what the network predicts
-    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    # what the network predicts; flow: the velocity of a rectified flow (Stable Diffusion 3), which has no betas and none of what
+    # belongs to them: noise_schedule=null snr_gamma=null
+    prediction: Literal["epsilon", "v_prediction", "flow"] = "v_prediction"
+    noise_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = "squaredcos_cap_v2"
     timesteps: int = 1000
     # first and last variance of the linear schedules; null: 1e-4 and 0.02 (Ho et al. 2020), for scaled_linear 0.00085 and 0.012
     # (Stable Diffusion)
@@ -34,8 +39,10 @@ class DiffusionConfig:
     snr_gamma: float | None = 5.0  # min-SNR weighting (Hang et al. 2023); null: unweighted loss
     # relative probability of equally long stretches of the schedule, from clean to noisy, e.g. [1, 3, 3, 1]; null: uniform
     timestep_weights: list[float] | None = None
+    flow: FlowConfig = field(default_factory=FlowConfig)  # for prediction=flow alone
 
     def __post_init__(self):
+        self._refuse_misfits()
         if self.timesteps < 2:
             raise UserError("train.diffusion.timesteps", f"{self.timesteps} is too few", "at least 2; 1000 is usual")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -52,6 +59,24 @@ class DiffusionConfig:
         if self.timestep_weights is not None:
             _check_weights(self.timestep_weights, self.timesteps)
 
+    def _refuse_misfits(self) -> None:
+        """Settings of diffusion in a flow, and of a flow in diffusion."""
+        if self.prediction != "flow":
+            if self.noise_schedule is None:
+                problem = "is null, which only prediction=flow takes"
+                raise UserError("train.diffusion.noise_schedule", problem, "squaredcos_cap_v2 is the default")
+            if self.flow != FlowConfig():
+                raise UserError("train.diffusion.flow", "is for prediction=flow", "leave it out")
+            return
+        none = ("noise_schedule", "snr_gamma", "beta_start", "beta_end", "timestep_weights")
+        for key, off in {**dict.fromkeys(none, None), "offset_noise": 0.0}.items():
+            if getattr(self, key) != off:
+                raise UserError(
+                    f"train.diffusion.{key}",
+                    f"is {getattr(self, key)}, which has no meaning for prediction=flow",
+                    f"set it to {'null' if off is None else off}; train.diffusion.flow has what a flow has",
+                )
+
 
 def _check_weights(weights: list[float], timesteps: int) -> None:
     key = "train.diffusion.timestep_weights"
@@ -64,8 +89,10 @@ def _check_weights(weights: list[float], timesteps: int) -> None:
 BETAS = {"scaled_linear": (0.00085, 0.012)}  # others: those of Ho et al. (2020)
 
 
-def noise_schedule(config: DiffusionConfig) -> DDPMScheduler:
+def noise_schedule(config: DiffusionConfig) -> Schedule:
     """The forward process, as it is saved with the model."""
+    if config.prediction == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.timesteps, shift=config.flow.shift)
     first, last = BETAS.get(config.noise_schedule, (1e-4, 0.02))
     return DDPMScheduler(
         num_train_timesteps=config.timesteps,
@@ -75,6 +102,13 @@ def noise_schedule(config: DiffusionConfig) -> DDPMScheduler:
         prediction_type=config.prediction,
         clip_sample=True,
     )
+
+
+def schedule_of(scheduler: Any) -> Schedule:
+    """The forward process that a pipeline's own sampler belongs to."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    return DDPMScheduler.from_config(scheduler.config)
 
 
 def draw(batch: Batch, schedule: DDPMScheduler, config: DiffusionConfig) -> Batch:
@@ -156,6 +190,38 @@ def fix(batch: Batch, position: np.ndarray, schedule: DDPMScheduler) -> Batch:
     batch.timesteps = torch.from_numpy((position * schedule.config.num_train_timesteps).astype(np.int64))
     batch.noise = batch.random.normal("heldout", *clean.shape[1:])
     return batch
+
+
+class Diffusion:
+    """`train.objective.Process` of diffusion on a schedule of betas: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e."""
+
+    def __init__(self, schedule: DDPMScheduler, config: DiffusionConfig):
+        self.schedule, self.config = schedule, config
+
+    def draw(self, batch: Batch) -> Batch:
+        return draw(batch, self.schedule, self.config)
+
+    def fix(self, batch: Batch, position: np.ndarray) -> Batch:
+        return fix(batch, position, self.schedule)
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.schedule.add_noise(clean, noise, timesteps)
+
+    def error(self, prediction: torch.Tensor, clean: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return weighted_error(prediction, clean, batch, self.schedule, self.config.snr_gamma)
+
+    def noise_share(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """1, or sqrt(a_t) where v is predicted: the noise is sqrt(a_t) v + sqrt(1 - a_t) x_t (Salimans and Ho 2022)."""
+        if self.schedule.config.prediction_type == "epsilon":
+            return torch.ones(len(timesteps), device=timesteps.device)
+        return self.schedule.alphas_cumprod.to(timesteps.device)[timesteps].sqrt()
+
+
+def process(config: DiffusionConfig, schedule: Schedule) -> Process:
+    """How pictures become noise in training."""
+    if isinstance(schedule, FlowMatchEulerDiscreteScheduler):
+        return RectifiedFlow(schedule, config.flow)
+    return Diffusion(schedule, config)
 
 
 def objective(config: DiffusionConfig, schedule: DDPMScheduler) -> Objective:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from defenses.base import Defense, GradientRule
 from defenses.errors import UserError
 from train import adversarial, diffusion, gan, latent, models, sampling, textobjective, textsampling
+from train.diffusion import Schedule
 from train.models import ModelConfig
 from train.objective import Objective
 from train.optim import MeanGradient
@@ -39,16 +39,16 @@ class Family:
 
     build: Callable[[ModelConfig, int, int, int, Path | None], nn.Module]
     released: Callable[[nn.Module], nn.Module]
-    check: Callable[[ModelConfig, DDPMScheduler, list[Defense], nn.Module], None]
-    objective: Callable[[nn.Module, TrainConfig, DDPMScheduler, Collection[str], Callable | None], Objective]
+    check: Callable[[ModelConfig, Schedule, list[Defense], nn.Module], None]
+    objective: Callable[[nn.Module, TrainConfig, Schedule, Collection[str], Callable | None], Objective]
     rule: Callable[[TrainConfig], GradientRule]
     sample: Callable[..., torch.Tensor]
-    save: Callable[[Path, nn.Module, DDPMScheduler], None]
+    save: Callable[[Path, nn.Module, Schedule], None]
     notes: tuple[str, ...] = ()
     captioned: bool = False
 
 
-def _sample_pixel(model: nn.Module, schedule: DDPMScheduler, *arguments: Any, prompts=None, **options) -> torch.Tensor:
+def _sample_pixel(model: nn.Module, schedule: Schedule, *arguments: Any, prompts=None, **options) -> torch.Tensor:
     return sampling.sample(model, schedule.config, *arguments, **options)
 
 
@@ -65,7 +65,7 @@ def _mean_gradient(train: TrainConfig) -> MeanGradient:
     return MeanGradient(train.batch_size, clip, train.precision, train.gradient_checkpointing)
 
 
-def _latent_objective(model, train: TrainConfig, schedule: DDPMScheduler, wants, encode) -> Objective:
+def _latent_objective(model, train: TrainConfig, schedule: Schedule, wants, encode) -> Objective:
     return textobjective.objective(
         model,
         train.diffusion,
@@ -77,7 +77,7 @@ def _latent_objective(model, train: TrainConfig, schedule: DDPMScheduler, wants,
     )
 
 
-def _refuse_private(config: ModelConfig, schedule: DDPMScheduler, defenses: list[Defense], model: nn.Module) -> None:
+def _refuse_private(config: ModelConfig, schedule: Schedule, defenses: list[Defense], model: nn.Module) -> None:
     for defense in defenses:
         if type(defense).gradient_rule is not Defense.gradient_rule:
             raise UserError(
@@ -100,7 +100,7 @@ FAMILIES = {
     "latent": Family(
         build=latent.build,
         released=lambda model: model,
-        check=lambda config, schedule, defenses, model: latent.check_schedule(config, schedule, model.parts),
+        check=lambda config, schedule, defenses, model: model.kind.check_schedule(schedule),
         objective=_latent_objective,
         rule=_mean_gradient,
         sample=_sample_latent,

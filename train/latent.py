@@ -1,16 +1,16 @@
-"""Text-to-image diffusion in the latents of an autoencoder (Rombach et al. 2022): Stable Diffusion 1.x, 2.x and XL."""
+"""Text-to-image diffusion in the latents of an autoencoder (Rombach et al. 2022): Stable Diffusion 1.x, 2.x, XL and 3."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from defenses.errors import UserError
-from train import adapters, pipelines
-from train.conditioner import Condition, Conditioner, embed
+from train import adapters, kinds, pipelines
+from train.conditioner import Condition
+from train.diffusion import Schedule
 from train.models import ModelConfig
 from train.pipelines import Parts
 
@@ -23,26 +23,32 @@ class LatentModel(nn.Module):
 
     Args:
         parts: of a pipeline.
-        train_text: whether the text encoders are trained too.
+        train_text: whether the text encoders are trained too; T5 never is.
 
     Attributes:
-        unet: the denoising network.
+        parts: of the pipeline; its network is registered under its name there, ``unet`` or ``transformer``.
+        kind: how the network is told of text and time.
         text_encoders: those that are trained; empty where they are frozen.
     """
 
     def __init__(self, parts: Parts, train_text: bool = False):
         super().__init__()
-        self.unet = parts.unet
-        self.text_encoders = nn.ModuleList(parts.text_encoders if train_text else [])
-        frozen = [parts.vae, *([] if train_text else parts.text_encoders)]
+        self.add_module(parts.part, parts.network)
+        trained = parts.trainable_text_encoders if train_text else []
+        self.text_encoders = nn.ModuleList(trained)
+        frozen = [parts.vae, *parts.text_encoders[len(trained) :]]
         for module in frozen:
             module.requires_grad_(False).eval()
         # a tuple: nn.Module registers modules and lists of parameters, not what lies in a plain tuple
         self.beside, self.parts = tuple(frozen), parts
-        zeros = parts.kind == "sdxl" and parts.force_zeros_for_empty_prompt
-        self.conditioner = Conditioner(parts.tokenizers, parts.text_encoders, zeros)
+        self.kind = kinds.of(parts)
+        self.conditioner = self.kind.conditioner()
         # tokens of a record that is trained under zeros
-        self.nothing = self.conditioner.tokens([""]) if zeros else None
+        self.nothing = self.conditioner.tokens([""]) if self.conditioner.zero_for_empty else None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.parts.network
 
     @property
     def vae(self) -> nn.Module:
@@ -62,7 +68,7 @@ class LatentModel(nn.Module):
         that a defense asked for."""
         if batch.tokens is None:
             return Condition(batch.text, batch.pooled)
-        found = embed(self.text_encoders, batch.tokens)
+        found = self.conditioner.embed(batch.tokens)
         if self.nothing is not None:
             found = found.without((batch.tokens == self.nothing.to(batch.tokens.device)).flatten(1).all(1))
         if batch.text is not None:  # noise to add, in units of the embedding's standard deviation
@@ -77,7 +83,7 @@ class LatentModel(nn.Module):
             empty: condition of one record to take for all instead of the batch's own.
         """
         condition = self.condition(batch) if empty is None else repeated(empty, len(latents))
-        return predict(self.unet, latents, batch.timesteps, condition, batch.time_ids)
+        return self.kind.predict(latents, self.kind.times(batch.timesteps), condition, batch.time_ids)
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor) -> torch.Tensor:
@@ -93,24 +99,6 @@ class LatentModel(nn.Module):
         """Scaled latents to images, float32 [B, C, H, W] in [0, 1]."""
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-
-def predict(
-    unet: nn.Module,
-    latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    condition: Condition,
-    time_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """One forward pass of the network, [B, c, h, w].
-
-    Args:
-        time_ids: sizes and crop of Stable Diffusion XL, float32 [B, 6].
-    """
-    more = {}
-    if condition.pooled is not None:
-        more = {"added_cond_kwargs": {"text_embeds": condition.pooled, "time_ids": time_ids}}
-    return unet(latents, timesteps, encoder_hidden_states=condition.text, return_dict=False, **more)[0]
 
 
 def repeated(condition: Condition, count: int) -> Condition:
@@ -155,12 +143,12 @@ def build(config: ModelConfig, image_size: int, channels: int, classes: int, bas
     parts = pipelines.load(source, None if base is not None else config.revision)
     check_size(parts, image_size)
     # the size that it is trained at is what a pipeline call draws and an attack asks for
-    parts.unet.register_to_config(sample_size=image_size // 2 ** (len(parts.vae.config.block_out_channels) - 1))
-    adapters.apply(parts.unet, config.adapter, config.trainable)
+    parts.network.register_to_config(sample_size=image_size // parts.factor)
+    adapters.apply(parts.network, config.adapter, config.trainable)
     model = LatentModel(parts, config.train_text_encoder or base is not None)  # a random text encoder says nothing
     if model.trains_text:
         for encoder in model.text_encoders:
-            prepare_text_encoder(encoder, config, len(parts.text_encoders))
+            prepare_text_encoder(encoder, config, len(model.text_encoders))
     return model
 
 
@@ -184,51 +172,19 @@ def prepare_text_encoder(encoder: nn.Module, config: ModelConfig, encoders: int)
 
 
 def check_size(parts: Parts, image_size: int) -> None:
-    """Refuses pictures that the levels of autoencoder and network do not divide."""
-    factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
-    step = factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
-    if image_size % step:
+    """Refuses pictures that the levels of autoencoder and network do not divide, or that are larger than it has places for."""
+    side, largest = kinds.of(parts).sides()
+    step = parts.factor * side
+    most = None if largest is None else largest * parts.factor
+    if image_size % step or (most is not None and image_size > most):
         near = max(step, round(image_size / step) * step)
-        raise UserError(
-            "data.image_size", f"{image_size} is not a multiple of {step}, which {parts.source} needs", f"take {near}"
-        )
+        problem = f"{image_size} is not a multiple of {step}, which {parts.source} needs"
+        if most is not None and near > most:
+            near, problem = most, f"{image_size} is more than the {most} that {parts.source} has places for"
+        raise UserError("data.image_size", problem, f"take {near}")
 
 
-def check_schedule(config: ModelConfig, schedule: DDPMScheduler, parts: Parts) -> None:
-    """Refuses to go on training with another noise schedule or prediction than the pipeline's.
-
-    Raises:
-        UserError: with all settings that would fit; or no settings would.
-    """
-    theirs, ours = parts.scheduler.config, schedule.config
-    for name in ("trained_betas", "rescale_betas_zero_snr"):
-        if theirs.get(name) not in (None, False):
-            raise UserError(
-                "model.pretrained",
-                f"the scheduler of {parts.source} has {name}, a noise schedule that is not trained with here",
-                "give a pipeline with a schedule of betas alone",
-            )
-    keys = {
-        "prediction_type": "prediction",
-        "beta_schedule": "noise_schedule",
-        "num_train_timesteps": "timesteps",
-        "beta_start": "beta_start",
-        "beta_end": "beta_end",
-    }
-    betas = theirs.get("beta_schedule") != "squaredcos_cap_v2"  # which has no first and last variance
-    wrong = {
-        key: theirs.get(name)
-        for name, key in keys.items()
-        if theirs.get(name) != ours.get(name) and (betas or not name.endswith(("start", "end")))
-    }
-    if wrong:
-        fitting = " ".join(f"train.diffusion.{key}={value}" for key, value in wrong.items())
-        raise UserError(
-            f"train.diffusion.{next(iter(wrong))}", f"differs from that of {parts.source}", f"set {fitting}"
-        )
-
-
-def save(folder: Path, model: LatentModel, schedule: DDPMScheduler) -> None:
+def save(folder: Path, model: LatentModel, schedule: Schedule) -> None:
     """Writes a complete pipeline of diffusers, adapters merged; these lie by themselves in ``lora/`` where they are all that was
     trained. The scheduler is the one that the pipeline came with.
 
@@ -237,7 +193,7 @@ def save(folder: Path, model: LatentModel, schedule: DDPMScheduler) -> None:
     """
     parts = model.parts
     pipelines.save(folder, parts)
-    pipelines.save_lora(folder / "lora", parts.unet, parts.text_encoders)
+    pipelines.save_lora(folder / "lora", parts.network, parts.text_encoders)
 
 
 def conditions_of(model: LatentModel, prompts: Sequence[str], known: Callable | None = None) -> Condition:

@@ -27,7 +27,7 @@ SIZES = {
 class ModelConfig:
     """Section ``model``."""
 
-    # pixel: UNet2DModel on pixels; latent: Stable Diffusion 1.x, 2.x, XL; gan: the baseline that is no diffusion model
+    # pixel: UNet2DModel on pixels; latent: Stable Diffusion 1.x, 2.x, XL, 3; gan: the baseline that is no diffusion model
     family: Literal["pixel", "latent", "gan"] = "pixel"
     size: Literal["nano", "tiny", "small", "base", "large"] = "tiny"  # ignored where `pretrained` is given
     pretrained: str | None = (

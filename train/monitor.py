@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
-from diffusers import DDPMScheduler
 from torch import nn
 
 from defenses.base import Batch
 from defenses.seeding import RecordRandom, derive
 from train import families
 from train.data import Dataset
-from train.diffusion import autocast
+from train.diffusion import Schedule, autocast
 from train.objective import Objective
 from train.records import labels_of
 from train.sampling import SamplerConfig, blocks, class_of_sample
@@ -79,7 +78,7 @@ def heldout_losses(
 def sample_on_all_ranks(
     config: SimpleNamespace,
     model: nn.Module,
-    schedule: DDPMScheduler,
+    schedule: Schedule,
     frequency: np.ndarray,
     indices: Sequence[int],
     accelerator: Accelerator,
@@ -93,7 +92,8 @@ def sample_on_all_ranks(
     """
     steps = min(25, config.train.diffusion.timesteps)
     # small blocks, so that every rank has some
-    sampler = SamplerConfig(steps=steps, batch_size=8, guidance_scale=config.generate.guidance_scale)
+    name = "euler" if config.train.diffusion.prediction == "flow" else "ddim"
+    sampler = SamplerConfig(sampler=name, steps=steps, batch_size=8, guidance_scale=config.generate.guidance_scale)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     drawn, family = [], families.of(config.model)
     for block in blocks(len(indices), sampler.batch_size, accelerator.process_index, accelerator.num_processes):

@@ -14,35 +14,54 @@ from defenses.errors import UserError
 from train.pipelinefit import check_fit, one_line, refuse
 
 INDEX = "model_index.json"
-KINDS = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+KINDS = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
 # those with a schedule of betas
 SCHEDULERS = tuple(name for name in KarrasDiffusionSchedulers.__members__ if name != "EDMEulerScheduler")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-# part -> library and classes; of XL in addition to those of Stable Diffusion 1 and 2
-PARTS = {
+CLIP, POOLED = ("transformers", ("CLIPTextModel",)), ("transformers", ("CLIPTextModelWithProjection",))
+# kind -> part -> library and classes
+STABLE_DIFFUSION = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
     "scheduler": ("diffusers", SCHEDULERS),
     "tokenizer": ("transformers", TOKENIZERS),
-    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "text_encoder": CLIP,
 }
-XL_PARTS = {
-    "tokenizer_2": ("transformers", TOKENIZERS),
-    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+PARTS = {
+    "sd": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION | {"tokenizer_2": ("transformers", TOKENIZERS), "text_encoder_2": POOLED},
+    "sd3": {
+        "transformer": ("diffusers", ("SD3Transformer2DModel",)),
+        "vae": ("diffusers", ("AutoencoderKL",)),
+        "scheduler": ("diffusers", ("FlowMatchEulerDiscreteScheduler",)),
+        "tokenizer": ("transformers", TOKENIZERS),
+        "text_encoder": POOLED,
+        "tokenizer_2": ("transformers", TOKENIZERS),
+        "text_encoder_2": POOLED,
+        "tokenizer_3": ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+        "text_encoder_3": ("transformers", ("T5EncoderModel",)),
+    },
 }
+OPTIONAL = {"tokenizer_3", "text_encoder_3"}  # both or neither
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # neither trained nor released
 STEMS = {
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "text_encoder_3": "model",
 }
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # start of a class name -> why it is refused, and what to do; the first that fits
 REFUSED = (
     ("GANPipeline", "a GAN, which does not start from released weights", "set model.family=gan model.pretrained=null"),
     (("DDIMPipeline", "DDPMPipeline"), "a pixel-space pipeline, without text", "set model.family=pixel"),
-    (("StableDiffusion3", "Flux"), "a flow-matching transformer, not offered yet", "give Stable Diffusion 1, 2 or XL"),
+    (("Flux", "PixArt", "DiT"), "a transformer of a kind that is not offered", "give Stable Diffusion 1, 2, XL or 3"),
 )
 TASKS = {
     "Inpaint": "inpainting",
@@ -98,8 +117,10 @@ def examine_settings(folder: Path, source: str) -> Layout:
     for part in classes:
         if part.startswith("tokenizer"):
             names = file_names(folder / part)
-            if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
-                raise refuse(source, f"{part} holds neither tokenizer.json nor vocab.json and merges.txt")
+            clip = part != "tokenizer_3"
+            if "tokenizer.json" not in names and not (clip and {"vocab.json", "merges.txt"} <= set(names)):
+                known = "neither tokenizer.json nor vocab.json and merges.txt" if clip else "no tokenizer.json"
+                raise refuse(source, f"{part} holds {known}")
         else:
             name = "scheduler_config.json" if part == "scheduler" else "config.json"
             configs[part] = read_json(folder / part / name, source)
@@ -136,19 +157,23 @@ def read_index(index: dict[str, Any], source: str) -> tuple[str, dict[str, str]]
     if not isinstance(name, str) or name not in KINDS:
         raise _unknown_class(name, source)
     kind = KINDS[name]
-    wanted = PARTS | XL_PARTS if kind == "sdxl" else PARTS
+    wanted = PARTS[kind]
     classes = {}
     for part, (library, known) in wanted.items():
         entry = index.get(part)
+        if part in OPTIONAL and entry in (None, [None, None]):
+            continue
         if not isinstance(entry, list) or len(entry) != 2 or entry == [None, None]:
             raise refuse(source, f"has no {part}")
         if entry[0] != library or entry[1] not in known:
-            several = f"one of the {library} schedulers with betas" if part == "scheduler" else f"{library}.{known[0]}"
+            several = f"one of the {library} schedulers with betas" if known is SCHEDULERS else f"{library}.{known[0]}"
             raise refuse(source, f"its {part} is {entry[0]}.{entry[1]}, not {several}", "custom code is never run")
         classes[part] = entry[1]
     for part, entry in index.items():
         if part not in wanted and part not in LEFT_OUT and isinstance(entry, list) and entry != [None, None]:
             raise refuse(source, f"has a further part {part}, which {name} does not have", "custom code is never run")
+    if len(OPTIONAL & classes.keys()) == 1:
+        raise refuse(source, f"has {(OPTIONAL & classes.keys()).pop()} without {(OPTIONAL - classes.keys()).pop()}")
     return kind, classes
 
 

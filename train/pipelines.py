@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL pipelines: loaded from a folder or the hub, checked, and saved in diffusers' format."""
+"""Stable Diffusion 1.x, 2.x, XL and 3 pipelines: loaded from a folder or the hub, checked, and saved in diffusers' format."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,23 +10,28 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from defenses.errors import UserError
 from train import adapters, hub, pipelinefolder
+from train.diffusion import schedule_of
 from train.models import parameter_count
 from train.pipelinefit import one_line, refuse, text_config
 from train.pipelinefolder import Layout
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_CLASSES = {each.__name__: each for each in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
+NETWORKS = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
 TEXT_PREFIX = "text_model."  # of a CLIPTextModel's weights in files
 
 
@@ -35,38 +40,56 @@ class Parts:
     """A text-to-image pipeline taken apart.
 
     Attributes:
-        kind: ``sd``: Stable Diffusion 1.x or 2.x; ``sdxl``: XL, with two tokenizers and text encoders.
-        vae: images [B, 3, H, W] in [-1, 1] to latents [B, 4, H/8, W/8]; multiply by its ``scaling_factor``.
+        kind: ``sd``: Stable Diffusion 1.x or 2.x; ``sdxl``: XL, with two tokenizers and text encoders; ``sd3``: 3, with two of CLIP
+            and mostly one of T5.
+        vae: images [B, 3, H, W] in [-1, 1] to latents [B, c, H/8, W/8]; subtract its ``shift_factor`` if it has one, multiply by its
+            ``scaling_factor``.
+        network: what denoises, a U-Net or a transformer.
         scheduler: the pipeline's own sampler; its configuration has the noise schedule and the prediction type.
         source: folder or hub id.
         force_zeros_for_empty_prompt: of XL: pipelines embed a missing negative prompt as zeros.
     """
 
-    kind: Literal["sd", "sdxl"]
+    kind: Literal["sd", "sdxl", "sd3"]
     vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    tokenizers: list[CLIPTokenizer]
+    network: UNet2DConditionModel | SD3Transformer2DModel
+    tokenizers: list[CLIPTokenizer | T5TokenizerFast]
     text_encoders: list[nn.Module]
     scheduler: Any
     source: str
     force_zeros_for_empty_prompt: bool = True
 
     @property
+    def part(self) -> str:
+        """Name of the network in the folder."""
+        return "transformer" if self.kind == "sd3" else "unet"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the side of a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def trainable_text_encoders(self) -> list[nn.Module]:
+        """Those of CLIP, which come first."""
+        return [encoder for encoder in self.text_encoders if not isinstance(encoder, T5EncoderModel)]
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
-        """unet, vae and the text encoders, under their names in the folder."""
-        return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+        """The network, vae and the text encoders, under their names in the folder."""
+        return {self.part: self.network, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents that the unet is made for."""
-        size = self.unet.config.sample_size
+        """(channels, height, width) of the latents that the network is made for."""
+        size = self.network.config.sample_size
         side = size if isinstance(size, int) else size[0]
-        return self.unet.config.in_channels, side, side
+        return self.network.config.in_channels, side, side
 
     @property
     def image_size(self) -> int:
         """Side of the pictures that belong to these latents, in pixels."""
-        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * self.factor
 
 
 def load(source: str | Path, revision: str | None = None) -> Parts:
@@ -88,7 +111,7 @@ def load(source: str | Path, revision: str | None = None) -> Parts:
     try:
         parts = _load_parts(folder, layout, source)
         _check_tokenizers(parts)
-        DDPMScheduler.from_config(parts.scheduler.config)  # what the trainer makes of it
+        schedule_of(parts.scheduler)  # what the trainer makes of it
         assemble(parts)  # diffusers corrects outdated settings of old schedulers here: do so once, before they are used
     except UserError:
         raise
@@ -98,13 +121,14 @@ def load(source: str | Path, revision: str | None = None) -> Parts:
 
 
 def _load_parts(folder: Path, layout: Layout, source: str) -> Parts:
-    encoders = [part for part in TEXT_ENCODERS if part in layout.classes]
+    encoders = {part: TEXT_CLASSES[layout.classes[part]] for part in TEXT_ENCODERS if part in layout.classes}
+    network = next(part for part in NETWORKS if part in layout.classes)
     return Parts(
         kind=layout.kind,
         vae=_load_network("vae", AutoencoderKL, folder, layout, source),
-        unet=_load_network("unet", UNet2DConditionModel, folder, layout, source),
+        network=_load_network(network, NETWORKS[network], folder, layout, source),
         tokenizers=[_load_tokenizer(part, folder, source) for part in TOKENIZERS if part in layout.classes],
-        text_encoders=[_load_network(part, TEXT_ENCODERS[part], folder, layout, source) for part in encoders],
+        text_encoders=[_load_network(part, cls, folder, layout, source) for part, cls in encoders.items()],
         scheduler=getattr(diffusers, layout.classes["scheduler"]).from_pretrained(
             folder / "scheduler", local_files_only=True
         ),
@@ -113,9 +137,10 @@ def _load_parts(folder: Path, layout: Layout, source: str) -> Parts:
     )
 
 
-def _load_tokenizer(part: str, folder: Path, source: str) -> CLIPTokenizer:
+def _load_tokenizer(part: str, folder: Path, source: str) -> CLIPTokenizer | T5TokenizerFast:
     try:
-        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+        cls = T5TokenizerFast if part == "tokenizer_3" else CLIPTokenizer
+        return cls.from_pretrained(folder / part, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise refuse(source, f"its {part} cannot be read: {one_line(error)}", "copy its files again") from error
 
@@ -124,8 +149,9 @@ def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: st
     """One network with exactly the weights of its configuration: what a file lacks would stay random."""
     options: dict[str, Any] = {"variant": layout.variants[part], "use_safetensors": True, "local_files_only": True}
     if part in TEXT_ENCODERS:
-        config = text_config(layout.configs[part])
-        options |= {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+        config = text_config(layout.configs[part], cls)
+        options |= {"config": config, "dtype": torch.float32}
+        options |= {} if cls is T5EncoderModel else {"attn_implementation": "sdpa"}
     else:
         options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told here rather than by their errors
@@ -141,23 +167,29 @@ def _load_network(part: str, cls: type, folder: Path, layout: Layout, source: st
 
 def _check_tokenizers(parts: Parts) -> None:
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=True):
-        places = encoder.config.max_position_embeddings
         if len(tokenizer) > encoder.config.vocab_size:
             problem = f"its tokenizer knows {len(tokenizer)} tokens, its text encoder {encoder.config.vocab_size}"
             raise refuse(parts.source, problem, "its parts are of other models")
+        if isinstance(encoder, T5EncoderModel):  # which knows relative places, and is given as many tokens as we say
+            continue
+        places = encoder.config.max_position_embeddings
         if tokenizer.model_max_length > places:
             problem = f"its tokenizer makes {tokenizer.model_max_length} tokens, its text encoder takes {places}"
             raise refuse(parts.source, problem, "set model_max_length in tokenizer_config.json")
-    lengths = {tokenizer.model_max_length for tokenizer in parts.tokenizers}
+    lengths = {tokenizer.model_max_length for tokenizer in parts.tokenizers[:2]}
     if len(lengths) > 1:
         raise refuse(parts.source, f"its tokenizers make texts of {sorted(lengths)} tokens", "they must be equal")
 
 
-def assemble(parts: Parts) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def assemble(parts: Parts) -> DiffusionPipeline:
     """The pipeline of these very parts, without a safety checker or watermark."""
-    shared = {"vae": parts.vae, "unet": parts.unet, "scheduler": parts.scheduler}
+    shared = {"vae": parts.vae, parts.part: parts.network, "scheduler": parts.scheduler}
     tokenizers = dict(zip(TOKENIZERS, parts.tokenizers, strict=False))
     encoders = dict(zip(TEXT_ENCODERS, parts.text_encoders, strict=False))
+    if parts.kind == "sd3":
+        return StableDiffusion3Pipeline(
+            **shared, **{"tokenizer_3": None, "text_encoder_3": None} | tokenizers | encoders
+        )
     if parts.kind == "sdxl":
         zeros = parts.force_zeros_for_empty_prompt
         return StableDiffusionXLPipeline(
@@ -173,7 +205,7 @@ def save(folder: Path, parts: Parts) -> None:
     are merged into the weights. The released pipeline has no safety checker."""
     released = replace(
         parts,
-        unet=adapters.merged(parts.unet),
+        network=adapters.merged(parts.network),
         text_encoders=[adapters.merged(encoder) for encoder in parts.text_encoders],
     )
     assemble(released).save_pretrained(folder, safe_serialization=True)
@@ -183,7 +215,8 @@ def save(folder: Path, parts: Parts) -> None:
 def _write_older_names(folder: Path, parts: Parts) -> None:
     """Tokenizer and text encoder as the published pipelines name them, for readers before transformers 5 too."""
     for part, tokenizer in zip(TOKENIZERS, parts.tokenizers, strict=False):
-        tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt
+        if part != "tokenizer_3":
+            tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt
     file = folder / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     if not any(name.startswith(TEXT_PREFIX) for name in weights):
@@ -193,26 +226,29 @@ def _write_older_names(folder: Path, parts: Parts) -> None:
         temporary.replace(file)
 
 
-def save_lora(folder: Path, unet: nn.Module, text_encoders: list[nn.Module]) -> bool:
+def save_lora(folder: Path, network: nn.Module, text_encoders: list[nn.Module]) -> bool:
     """Writes the adapters alone to ``pytorch_lora_weights.safetensors``: ``pipeline.load_lora_weights(folder)`` on the pipeline that
     was loaded gives the one that `save` writes.
 
     The scale alpha / rank is multiplied into B, in float32, so that readers that know no alpha find W + B A too.
 
     Args:
-        unet: with or without an adapter (`adapters.apply`), what is frozen with ``requires_grad`` off.
-        text_encoders: one, or two of XL, likewise.
+        network: with or without an adapter (`adapters.apply`), what is frozen with ``requires_grad`` off.
+        text_encoders: one, or two of XL, or two and T5 of 3, likewise.
 
     Returns:
         Whether it was written: not where there is no adapter, nor where other parameters were trained, since the adapters
         without them would be another model.
     """
-    modules = {"unet": unet, **dict(zip(TEXT_ENCODERS, text_encoders, strict=False))}
+    flow = isinstance(network, SD3Transformer2DModel)
+    part = "transformer" if flow else "unet"
+    modules = {part: network, **dict(zip(TEXT_ENCODERS, text_encoders, strict=False))}
     layers = {name: _lora_layers(module) for name, module in modules.items()}
     trained = sum(parameter_count(module, trainable=True) for module in modules.values())
     if not any(layers.values()) or trained != sum(t.numel() for found in layers.values() for t in found.values()):
         return False
     pipeline = StableDiffusionXLPipeline if len(text_encoders) == 2 else StableDiffusionPipeline
+    pipeline = StableDiffusion3Pipeline if flow else pipeline
     pipeline.save_lora_weights(folder, **{f"{name}_lora_layers": found for name, found in layers.items() if found})
     return True
 
@@ -255,7 +291,7 @@ def describe(parts: Parts) -> str:
     """One line: class, millions of parameters of each network, shape of the latents, size of the pictures, prediction."""
     counts = ", ".join(f"{name} {parameter_count(network) / 1e6:.1f} M" for name, network in parts.networks.items())
     shape = " x ".join(map(str, parts.latent_shape))
-    prediction = parts.scheduler.config.prediction_type
+    prediction = parts.scheduler.config.get("prediction_type", "flow")
     return (
         f"{type(assemble(parts)).__name__}: parameters {counts}; latents {shape} of {parts.image_size} px pictures; "
         f"predicts {prediction}"

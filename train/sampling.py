@@ -22,9 +22,8 @@ from train.files import atomic
 class SamplerConfig:
     """How images are drawn; the same for every arm of a comparison."""
 
-    sampler: Literal["ddim", "dpm-solver++"] = (
-        "ddim"  # DDIM with eta 0 (Song et al. 2021); DPM-Solver++ 2M (Lu et al. 2022)
-    )
+    # DDIM with eta 0 (Song et al. 2021); DPM-Solver++ 2M (Lu et al. 2022); of a flow: euler, with the pipeline's own noise levels
+    sampler: Literal["ddim", "dpm-solver++", "euler"] = "ddim"
     steps: int = 50  # network evaluations per image
     batch_size: int = 64  # images per forward pass; samples i*batch_size.. always share a pass
     # text-to-image models: weight of what the caption adds to the predicted noise; 1: no guidance, at half the cost
@@ -40,6 +39,8 @@ class SamplerConfig:
 
 def build_sampler(config: SamplerConfig, schedule_config: dict):
     """diffusers scheduler with the noise schedule the model was trained with."""
+    if config.sampler == "euler":
+        raise UserError("generate.sampler", "euler is for flows, not for models of pixels", "ddim or dpm-solver++")
     if config.sampler == "ddim":
         return DDIMScheduler.from_config(schedule_config, timestep_spacing="trailing", clip_sample=True)
     return DPMSolverMultistepScheduler.from_config(schedule_config, timestep_spacing="trailing", solver_order=2)

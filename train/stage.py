@@ -167,6 +167,12 @@ def refuse_early(config: SimpleNamespace, defenses: list[Defense], accelerator: 
             f"{settings.batch_size} is less than {accelerator.num_processes} processes x {settings.accumulation} micro-batches",
             "raise it, or lower train.accumulation",
         )
+    if settings.diffusion.prediction == "flow" and (config.model.family != "latent" or config.model.pretrained is None):
+        raise UserError(
+            "train.diffusion.prediction",
+            "flow goes on from a pipeline of Stable Diffusion 3 and is not offered for other models",
+            "set model.family=latent model.pretrained=PIPELINE, or take epsilon or v_prediction",
+        )
     refuse_combinations(config, defenses)
     owners = [d.name for d in defenses if type(d).gradient_rule is not Defense.gradient_rule]
     for key in ("gradient_checkpointing", "compile"):
@@ -190,7 +196,7 @@ def speed_up(model: nn.Module, settings: TrainConfig) -> None:
             elif hasattr(module, "gradient_checkpointing_enable"):
                 module.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
-        getattr(model, "unet", model).compile()
+        getattr(model, "network", model).compile()
 
 
 def begin(
@@ -221,6 +227,7 @@ def begin(
         left_out=sum(record.canary == "coin" and not record.kept for record in dataset.records),
         timesteps=settings.diffusion.timesteps,
         quiet=is_quiet(config, defenses),
+        flow=settings.diffusion.prediction == "flow",
     )
     for defense in defenses:
         defense.begin(context)

@@ -6,15 +6,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from defenses.base import Batch
 from train import diffusion
 from train.conditioner import Condition
-from train.diffusion import DiffusionConfig, autocast
+from train.diffusion import DiffusionConfig, Schedule, autocast
 from train.latent import LatentModel, spread, time_ids, trained_conditions
-from train.objective import Objective
+from train.objective import Objective, Process
 
 TEXT_MAGNITUDE = "text_magnitude"  # what a defense may want to know beside the loss (`defenses.base.Defense.wants`)
 
@@ -35,12 +34,16 @@ class TextObjective:
 
     model: LatentModel
     config: DiffusionConfig
-    schedule: DDPMScheduler
+    schedule: Schedule
     caption_dropout: float
     precision: str
     wants: Collection[str] = ()
     encode: Callable[[Sequence[str]], Condition] | None = None
+    process: Process = field(init=False, repr=False)
     _empty: Condition | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self):
+        self.process = diffusion.process(self.config, self.schedule)
 
     def draw(self, batch: Batch) -> Batch:
         """Latents, conditions, timesteps and noise, from each record's own random stream."""
@@ -54,13 +57,13 @@ class TextObjective:
             if noise is not None:  # guidance leads away from the empty condition as it is
                 noise = torch.where(dropped.to(noise.device), torch.zeros_like(noise), noise)
             batch = replace(batch, captions=captions, text_noise=noise)
-        return diffusion.draw(self.conditioned(batch, latents), self.schedule, self.config)
+        return self.process.draw(self.conditioned(batch, latents))
 
     def fix(self, batch: Batch, position: np.ndarray) -> Batch:
         """`draw` without chance: mean latents, every caption, noise of the record alone."""
         device = next(self.model.parameters()).device
         prepared = self.conditioned(batch.to(device), self.moments_of(batch.to(device))[0])
-        return diffusion.fix(prepared, position, self.schedule).to(torch.device("cpu"))
+        return self.process.fix(prepared, position).to(torch.device("cpu"))
 
     def moments_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the latents, before scaling, each [B, c, h, w]."""
@@ -79,8 +82,7 @@ class TextObjective:
         if self.model.trains_text:
             prepared.tokens = self.model.conditioner.tokens(batch.captions).to(device)
             if batch.text_noise is not None:
-                length, width = prepared.tokens.shape[-1], self.model.unet.config.cross_attention_dim
-                prepared.text = self.text_noise(batch, length, width, device)
+                prepared.text = self.text_noise(batch, *self.model.kind.text_shape(), device)
         else:
             with autocast(device, self.precision):
                 found = trained_conditions(self.model, batch.captions, self.encode)
@@ -88,7 +90,7 @@ class TextObjective:
             if batch.text_noise is not None:
                 text = text + self.text_noise(batch, *text.shape[1:], device) * spread(text)
             prepared.text, prepared.pooled = text, None if found.pooled is None else found.pooled.to(device)
-        if len(self.model.parts.text_encoders) == 2:
+        if self.model.kind.takes_sizes:
             prepared.time_ids = torch.tensor([time_ids(size)] * len(batch), device=device)
         return prepared
 
@@ -99,13 +101,13 @@ class TextObjective:
 
     def loss(self, model: nn.Module, batch: Batch, told: bool = True) -> torch.Tensor:
         """Weighted mean squared error of each record, float32 [B]."""
-        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)  # [B, c, h, w]
+        noisy = self.process.noised(batch.latents, batch.noise, batch.timesteps)  # [B, c, h, w]
         prediction = model(noisy, batch)
         if told and TEXT_MAGNITUDE in self.wants:
             with torch.no_grad():
                 without = model(noisy, batch, empty=self.empty)
             batch.told = {TEXT_MAGNITUDE: self.magnitude(prediction.detach(), without, batch.timesteps)}
-        return diffusion.weighted_error(prediction, batch.latents, batch, self.schedule, self.config.snr_gamma)
+        return self.process.error(prediction, batch.latents, batch)
 
     @property
     def empty(self) -> Condition:
@@ -118,18 +120,13 @@ class TextObjective:
     def magnitude(self, prediction: torch.Tensor, without: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """l2 norm of the difference that the caption makes to the predicted noise, float32 [B] (Wen et al. 2024, equation 4)."""
         difference = (prediction.float() - without.float()).flatten(1).norm(dim=1)
-        if (
-            self.schedule.config.prediction_type == "v_prediction"
-        ):  # noise = sqrt(a) v + sqrt(1 - a) x, for one and the same x
-            signal = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps].sqrt()
-            difference = difference * signal
-        return difference
+        return difference * self.process.noise_share(timesteps)
 
 
 def objective(
     model: LatentModel,
     config: DiffusionConfig,
-    schedule: DDPMScheduler,
+    schedule: Schedule,
     *,
     caption_dropout: float,
     precision: str,

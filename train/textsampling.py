@@ -3,26 +3,18 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from defenses.seeding import derive, generator
 from train.conditioner import Condition
 from train.diffusion import autocast
-from train.latent import LatentModel, conditions_of, predict, repeated, time_ids, to_channels, trained_conditions
+from train.latent import LatentModel, conditions_of, repeated, time_ids, to_channels, trained_conditions
 from train.sampling import SamplerConfig
-
-
-def build_sampler(config: SamplerConfig, schedule: dict):
-    """diffusers scheduler with the noise schedule of a pipeline; latents are not clipped."""
-    if config.sampler == "ddim":
-        return DDIMScheduler.from_config(schedule, timestep_spacing="trailing", clip_sample=False)
-    return DPMSolverMultistepScheduler.from_config(schedule, timestep_spacing="trailing", solver_order=2)
 
 
 def latent_shape(model: LatentModel, size: int) -> tuple[int, int, int]:
     """(c, h, w) of the latents of pictures of ``size`` pixels."""
-    side = size // 2 ** (len(model.vae.config.block_out_channels) - 1)
-    return model.unet.config.in_channels, side, side
+    side = size // model.parts.factor
+    return model.network.config.in_channels, side, side
 
 
 def start_noise(seed: int, prompt: str, index: int, shape: Sequence[int]) -> torch.Tensor:
@@ -46,7 +38,7 @@ def sample(
 ) -> torch.Tensor:
     """Images for prompts and sample indices, float32 [n, C, H, W] in [0, 1], on the CPU.
 
-    With ``guidance_scale`` s other than 1 the noise is that without the caption plus s times the difference that the caption makes (Ho and
+    With ``guidance_scale`` s other than 1 the network's output is that without the caption plus s times the difference that the caption makes (Ho and
     Salimans 2022, in the form of diffusers' pipelines), at two network evaluations per step.
 
     Args:
@@ -60,25 +52,23 @@ def sample(
     with autocast(device, precision):  # one block: within it the weights are converted once
         if conditions is None:
             conditions = (trained_conditions if as_trained else conditions_of)(model, prompts)
-        return _sample(model, network or model.unet, config, indices, shape, seed, prompts, conditions.to(device))
+        return _sample(model, network, config, indices, shape, seed, prompts, conditions.to(device))
 
 
 def _sample(model, network, config, indices, shape, seed, prompts, condition) -> torch.Tensor:
     size, device = shape[1], condition.text.device
-    scheduler = build_sampler(config, model.parts.scheduler.config)
+    scheduler = model.kind.sampler(config)
     scheduler.set_timesteps(config.steps, device=device)
     own = latent_shape(model, size)
-    start = torch.stack([start_noise(seed, p, i, own) for p, i in zip(prompts, indices, strict=True)])
-    latents = (start * scheduler.init_noise_sigma).to(device)
+    latents = torch.stack([start_noise(seed, p, i, own) for p, i in zip(prompts, indices, strict=True)]).to(device)
     ids = torch.tensor([time_ids(size)] * len(latents), device=device)
     guided = config.guidance_scale != 1
     if guided:
         empty = model.conditioner.empty().to(device)
         condition, ids = joined(repeated(empty, len(latents)), condition), torch.cat([ids, ids])
     for timestep in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(latents, timestep)
-        inputs = torch.cat([inputs, inputs]) if guided else inputs
-        output = predict(network, inputs, timestep.expand(len(inputs)), condition, ids).float()
+        inputs = torch.cat([latents, latents]) if guided else latents
+        output = model.kind.predict(inputs, timestep.expand(len(inputs)), condition, ids, network=network).float()
         if guided:
             without, with_caption = output.chunk(2)
             output = without + config.guidance_scale * (with_caption - without)

@@ -247,11 +247,7 @@ def write_preview_prompts(
     ``noise``, float32 [previews, c, h, w]."""
     if prompts is not None:
         texts = prompts(range(config.train.preview_count))
-        settings = {
-            "sampler": "ddim",
-            "timestep_spacing": "trailing",
-            "steps": min(25, config.train.diffusion.timesteps),
-        }
+        settings = model.kind.preview | {"steps": min(25, config.train.diffusion.timesteps)}
         settings |= {"guidance_scale": config.generate.guidance_scale, "precision": config.train.precision}
         settings["seed"] = config.run.seed
         shape = latent_shape(model, config.data.image_size)
