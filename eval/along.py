@@ -12,6 +12,7 @@ from defenses.ranks import on_main
 from eval import samples
 from eval.generations import find
 from eval.measure import attack, quality_of
+from eval.source import load
 from eval.target import Target, timed
 from train.checkpoint import all_steps
 from train.files import write_json
@@ -52,7 +53,7 @@ def _figures(
     with timed(target.output, "along_seconds", accelerator):
         facts = on_main(accelerator, lambda: checkpoint_pipeline(config, target.run, step, model))
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        source = samples.load(model, config.generate, config.run.seed, shape, accelerator.device)
+        source = load(model, config.generate, config.run.seed, shape, accelerator.device)
         samples.generate(source, generations, config.generate, prompts, config.run.seed, accelerator)
         images = find(generations, config.data.image_size, config.data.channels)
         extraction = None

@@ -15,6 +15,7 @@ from eval.extraction import check_tier
 from eval.generations import Generations, find
 from eval.prefilter import prompt_scores
 from eval.prompted import refuse_hopeless
+from eval.source import Source, load
 from eval.stream import stream
 from eval.target import Target, sampling_context, timed
 
@@ -24,7 +25,7 @@ BARE = "guard_off"  # and of those without the defenses of seam 6
 
 def generate(
     target: Target, config: SimpleNamespace, accelerator: Accelerator, model: Denoiser | None = None
-) -> tuple[samples.Source | None, Generations, Generations | None]:
+) -> tuple[Source | None, Generations, Generations | None]:
     """Draws the images that are attacked; with a guard at seam 6 first those that the bare model gives.
 
     Args:
@@ -41,9 +42,7 @@ def generate(
         return None, images, None
     bare, control = None, None
     with timed(target.output, "generate_seconds", accelerator):
-        source = samples.load(
-            target.pipeline, config.generate, config.run.seed, (channels, size, size), accelerator.device
-        )
+        source = load(target.pipeline, config.generate, config.run.seed, (channels, size, size), accelerator.device)
         score = partial(prompt_scores, target, model, config, accelerator)
         if source.protocol == "prompted":
             known = captions.for_prompts(target, config)
@@ -69,16 +68,14 @@ def generate(
     return source, images, bare
 
 
-def guard(source: samples.Source, defenses: list[Defense], context: SamplingContext) -> samples.Source:
+def guard(source: Source, defenses: list[Defense], context: SamplingContext) -> Source:
     """The source behind the defenses of seam 6."""
     guarded = replace(source)
     samples.wrap(guarded, defenses, replace(context, text_model=source.text_model))
     return guarded
 
 
-def draw(
-    source: samples.Source, suffix: str, target: Target, config: SimpleNamespace, accelerator: Accelerator
-) -> Generations:
+def draw(source: Source, suffix: str, target: Target, config: SimpleNamespace, accelerator: Accelerator) -> Generations:
     """Images of one source; with ``generate.keep=flagged`` attacked at once, records in ``attack/``."""
     folder, records = folders(target, suffix)
     if config.generate.keep == "flagged":
@@ -92,7 +89,7 @@ def draw(
 
 
 def draw_control(
-    source: samples.Source,
+    source: Source,
     control: CaptionControl | None,
     suffix: str,
     target: Target,

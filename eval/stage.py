@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.ranks import on_main
-from eval import captions, samples
+from eval import captions
 from eval.along import along_training
 from eval.audit import COLUMNS as CANARIES
 from eval.audit import RunAudit, audit_run
@@ -23,6 +23,7 @@ from eval.generations import Generations
 from eval.measure import attack, downstream_of, quality_of
 from eval.parts import PARTS, run_parts, white_box
 from eval.report import render
+from eval.source import Source
 from eval.suite import Finding, Scene
 from eval.target import Target, target_of, timed
 from train.files import write_csv, write_json
@@ -101,7 +102,7 @@ class Findings:
 def measure_unguarded(
     found: Findings,
     images: Generations,
-    source: samples.Source,
+    source: Source,
     target: Target,
     config: SimpleNamespace,
     accelerator: Accelerator,
@@ -115,7 +116,7 @@ def measure_unguarded(
             found.utility["guard_off"] = quality_of(images, target.dataset, config, accelerator)
 
 
-def sampler_of(source: samples.Source, config: SimpleNamespace) -> dict[str, Any]:
+def sampler_of(source: Source, config: SimpleNamespace) -> dict[str, Any]:
     """How the images were drawn, as in the report."""
     settings = config.generate
     return source.sampler or {"name": settings.sampler, "steps": settings.steps, "precision": settings.precision}
@@ -124,7 +125,7 @@ def sampler_of(source: samples.Source, config: SimpleNamespace) -> dict[str, Any
 def assemble(
     target: Target,
     config: SimpleNamespace,
-    source: samples.Source | None,
+    source: Source | None,
     found: Findings,
     accelerator: Accelerator,
 ) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from eval.generations import Generations, file_of, withheld, write
 from eval.pictures import Pictures
 from eval.prompted import attack_prompt, conclude, refuse_hopeless
 from eval.promptrecords import NearestGenerations, PromptFinding, PromptRecords, blank_row
-from eval.samples import INDEX, Source, passes, units
+from eval.samples import INDEX, passes, units
+from eval.source import Source
 from eval.target import pictures_of
 from train.data import Dataset
 from train.files import write_csv

@@ -53,7 +53,7 @@ def side_of(model: LatentModel, known: dict[str, Any]) -> int:
 
 
 class TextSampler:
-    """``draw`` of `eval.samples.Source` for a text-to-image model, and what a defense may ask of it (`defenses.textmodel.TextModel`).
+    """``draw`` of `eval.source.Source` for a text-to-image model, and what a defense may ask of it (`defenses.textmodel.TextModel`).
 
     Args:
         channels: of the data; images are made grey where it is 1.

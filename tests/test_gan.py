@@ -16,8 +16,8 @@ from torch import nn
 from defenses.base import Batch, Microbatches
 from defenses.errors import UserError
 from defenses.seeding import RecordRandom, generator
-from eval import samples
 from eval.config import GenerateConfig
+from eval.source import load
 from tests.small import OVERRIDES, opened, small_config
 from tests.test_distributed import TEN_STEPS, launch
 from train import adversarial, families, gan
@@ -265,7 +265,7 @@ def test_sampling_does_not_depend_on_the_blocks():
 
 def test_evaluation_draws_the_same(straight):
     _, directory = straight
-    source = samples.load(directory.model, GenerateConfig(precision="fp32"), 4, (1, 16, 16), torch.device("cpu"))
+    source = load(directory.model, GenerateConfig(precision="fp32"), 4, (1, 16, 16), torch.device("cpu"))
     wanted = gan.sample(GANPipeline.from_pretrained(directory.model).generator, [3, 8], seed=4)
     torch.testing.assert_close(source.draw([3, 8], None), wanted, rtol=0, atol=0)
     assert source.protocol == "untargeted" and source.sampler["name"] == "gan" and source.sampler["steps"] == 1
@@ -276,7 +276,7 @@ def test_class_conditional_run(tmp_path):
     facts, directory = finished(tmp_path, "data.label_key=label", "train.steps=2")
     pipeline = GANPipeline.from_pretrained(directory.model)
     assert pipeline.generator.config.num_class_embeds == len(facts["classes"]) > 1
-    source = samples.load(directory.model, GenerateConfig(), 0, (1, 16, 16), torch.device("cpu"))
+    source = load(directory.model, GenerateConfig(), 0, (1, 16, 16), torch.device("cpu"))
     assert source.class_frequency.tolist() == facts["class_frequency"]
     one, other = (pipeline(1, [k], torch.Generator().manual_seed(0), "pt").images for k in (0, 1))
     assert one.shape == (1, 1, 16, 16) and not torch.equal(one, other)

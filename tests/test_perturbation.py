@@ -14,6 +14,7 @@ from defenses.promptperturbation import PromptPerturbation, PromptPerturbationCo
 from defenses.textmodel import TextCondition
 from eval import samples
 from eval.generations import save
+from eval.source import Source
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
 
 LENGTH, WIDTH, SHAPE = 3, 5, (2, 4, 4)
@@ -283,7 +284,7 @@ def test_an_embedding_of_another_defense_is_the_starting_point(tmp_path):
 def test_what_is_changed_is_drawn_and_the_rest_is_read(tmp_path):
     """With the bare images on disk only the images of changed prompts are drawn again."""
     inner = Sampled()
-    source = samples.Source("prompted", inner, np.zeros(0, np.int64), {})
+    source = Source("prompted", inner, np.zeros(0, np.int64), {})
     for number in range(2):
         for index in range(2):
             save(tmp_path / f"{number:05d}" / f"{index:06d}.png", torch.full((1, 4, 4), 0.4))

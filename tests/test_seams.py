@@ -228,7 +228,8 @@ def test_checkpoint_seam_stops_and_releases(tmp_path, monkeypatch):
 
 
 def test_sampler_seam_wraps_generation():
-    from eval.samples import Source, wrap
+    from eval.samples import wrap
+    from eval.source import Source
 
     class Darken(Base):
         def wrap_sampler(self, sampler, context):

@@ -21,6 +21,7 @@ from eval.config import check
 from eval.generations import find
 from eval.measure import attack, quality_of
 from eval.samples import passes, units
+from eval.source import Source
 from eval.stream import first_images
 from eval.target import Target
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
@@ -47,7 +48,7 @@ class Planted:
 
     def __init__(self, withhold=(), die_after: int | None = None):
         self.withhold, self.die_after, self.passes = set(withhold), die_after, []
-        self.source = samples.Source("prompted", self.draw, np.zeros(0, dtype=np.int64), FACTS)
+        self.source = Source("prompted", self.draw, np.zeros(0, dtype=np.int64), FACTS)
 
     def draw(self, indices, prompts):
         if len(self.passes) == self.die_after:
@@ -508,7 +509,7 @@ def test_the_whole_evaluation_behind_a_wall(keep, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_untargeted_attack_behind_a_wall(tmp_path, monkeypatch):
-    source = samples.Source("untargeted", lambda indices, _: torch.rand(len(indices), 1, 16, 16), np.zeros(0), FACTS)
+    source = Source("untargeted", lambda indices, _: torch.rand(len(indices), 1, 16, 16), np.zeros(0), FACTS)
     monkeypatch.setattr(stage.samples, "load", lambda *arguments: source)
     tree, config = small_config(tmp_path, "run.name=wall", "attack.extraction.permutations=99", "utility.kid_subsets=2")
     output = RunDirectory(config.run)

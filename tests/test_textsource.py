@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from defenses.textmodel import TextCondition
 from eval.config import GenerateConfig
-from eval.samples import load
+from eval.source import load
 from eval.textsource import TextSampler, load_model
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
 from train.sampling import SamplerConfig
