@@ -87,7 +87,7 @@ def check_fixed(arguments: cli.Arguments, target: str) -> None:
     if fixed:
         allowed = ", ".join(f"defenses.{name}" for name in later)
         raise UserError(
-            fixed[0],
+            ", ".join(fixed),
             "cannot be changed after training",
             f"only run.*, generate.*, attack.*, utility.*, report.*, data.restricted, {allowed}",
         )

@@ -330,6 +330,9 @@ def test_a_foreign_text_pipeline_behind_a_defense_of_prompts(folders, tmp_path):
 def test_training_settings_are_fixed_after_training(finished):
     with pytest.raises(UserError, match=r"train\.steps: cannot be changed"):
         evaluation.main(cli.Arguments(None, False, [f"run_dir={finished}", "train.steps=3"]))
+    given = ["defenses.dedup={}", "defenses.output_filter={}", "defenses.scrub={}"]
+    with pytest.raises(UserError, match=r"^defenses\.dedup, defenses\.scrub: cannot be changed"):
+        evaluation.main(cli.Arguments(None, False, [f"run_dir={finished}", *given]))
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
