@@ -27,7 +27,7 @@ from eval.config import check
 from eval.replay import replayed
 from eval.stage import evaluate
 from eval.target import Target
-from eval.textsource import is_text_to_image
+from eval.textsource import kind_of
 from train import cli
 from train import config as configuration
 from train.data import prepare
@@ -116,7 +116,7 @@ def check_defenses(config: SimpleNamespace, target: str) -> None:
             ", a run (run_dir=...) any that needs no training",
         )
     captioned, folder = [name for name in given if CLASSES[name].needs_captions], Path(config.pipeline)
-    if captioned and (folder / "model_index.json").is_file() and not is_text_to_image(folder):
+    if captioned and (folder / "model_index.json").is_file() and kind_of(folder) is None:
         raise UserError(f"defenses.{captioned[0]}", "needs a text-to-image model", "leave it out")
 
 
