@@ -132,8 +132,7 @@ def _job(arm: str, seed: int, base: Path, overrides: list[str], folder: Path) ->
         config = configuration.objects(tree)
         model = config.model
         if model.family == "latent" and model.pretrained is None and model.scratch.autoencoders is None:
-            # every arm of a seed needs the same one
-            given.append(f"model.scratch.autoencoders={folder / 'autoencoders'}")
+            given.append(f"model.scratch.autoencoders={folder / 'autoencoders'}")  # one for all arms of a seed
             tree = configuration.load(SECTIONS, base, given)
             config = configuration.objects(tree)
         check(config)
