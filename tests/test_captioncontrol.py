@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from defenses.base import Defense
 from defenses.errors import UserError
-from eval import stage
+from eval import drawing, stage
 from eval.captioncontrol import CaptionControl, compare, heldout_candidates, plan
 from eval.captionunits import distances, exact_p_value, outcomes, owners
 from eval.control import Rule, control
@@ -230,7 +230,7 @@ def captioned() -> Dataset:
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_the_control_is_drawn_beside_the_attack(guarded, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage.samples, "load", lambda *arguments: Planted().source)
+    monkeypatch.setattr(drawing, "load", lambda *arguments: Planted().source)
     reports = []
     for keep in ("all", "flagged"):
         tree, config = small_config(

@@ -21,7 +21,7 @@ from eval.config import check
 from eval.generations import find
 from eval.measure import attack, quality_of
 from eval.samples import passes, units
-from eval.source import Source
+from eval.source import UNKNOWN, Source
 from eval.stream import first_images
 from eval.target import Target
 from tests.pipelines import stable_diffusion, stable_diffusion_xl
@@ -36,7 +36,7 @@ TRAIN, HELDOUT = fabricated.blobs(1, 20), fabricated.blobs(2, 12)
 # two prompts bring back a picture, one agrees on a stranger, one holds a few copies that are no clique large enough
 PROMPTS = ["fresh 0", "copy 4", "fresh 1", "agreed 3", "few 9", "fresh 2", "copy 7"]
 
-FACTS = {"family": "planted", "parameters": 1, **dict.fromkeys(samples.UNKNOWN)}
+FACTS = {"family": "planted", "parameters": 1, **dict.fromkeys(UNKNOWN)}
 
 
 class Killed(BaseException):
@@ -439,7 +439,7 @@ def test_the_whole_evaluation_with_a_guard(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     reports = []
     for keep in ("all", "flagged"):
-        monkeypatch.setattr(stage.samples, "load", lambda *arguments: Planted().source)
+        monkeypatch.setattr(drawing, "load", lambda *arguments: Planted().source)
         tree, config = small_config(
             tmp_path, f"run.name={keep}", f"generate.keep={keep}", "generate.per_prompt=10", "generate.batch_size=32",
             "generate.count=12", f"generate.prompts={tmp_path / 'prompts.txt'}", "attack.copy_metrics={}",
@@ -483,7 +483,7 @@ class Wall(Withholder):
 def test_the_whole_evaluation_behind_a_wall(keep, tmp_path, monkeypatch):
     """Nothing leaves: no candidates, with the reason, and the bare model's figures beside."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    monkeypatch.setattr(stage.samples, "load", lambda *arguments: Planted().source)
+    monkeypatch.setattr(drawing, "load", lambda *arguments: Planted().source)
     tree, config = small_config(
         tmp_path, "run.name=wall", f"generate.keep={keep}", "generate.per_prompt=10", "generate.batch_size=32",
         "generate.count=12", f"generate.prompts={tmp_path / 'prompts.txt'}", "attack.copy_metrics={}",
@@ -510,7 +510,7 @@ def test_the_whole_evaluation_behind_a_wall(keep, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_an_untargeted_attack_behind_a_wall(tmp_path, monkeypatch):
     source = Source("untargeted", lambda indices, _: torch.rand(len(indices), 1, 16, 16), np.zeros(0), FACTS)
-    monkeypatch.setattr(stage.samples, "load", lambda *arguments: source)
+    monkeypatch.setattr(drawing, "load", lambda *arguments: source)
     tree, config = small_config(tmp_path, "run.name=wall", "attack.extraction.permutations=99", "utility.kid_subsets=2")
     output = RunDirectory(config.run)
     output.open(tree, "test")
