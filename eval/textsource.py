@@ -22,8 +22,12 @@ from train.textsampling import latent_shape, sample, start_noise
 
 def kind_of(folder: Path) -> str | None:
     """Which of the pipelines that `load_model` reads lies in ``folder`` (`train.pipelines.Parts.kind`); None: another one, or none."""
-    index = folder / "model_index.json"
-    return KINDS.get(json.loads(index.read_text()).get("_class_name")) if index.is_file() else None
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):  # told by whoever loads it
+        return None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    return KINDS.get(name) if isinstance(name, str) else None
 
 
 def load_model(folder: Path, device: torch.device, precision: str = "fp32") -> LatentModel:

@@ -18,7 +18,7 @@ from eval.denoiser import Denoiser
 from eval.denoiser import load as load_denoiser
 from eval.detectors import webster, wen
 from eval.extrapolation import Guidance, load_base, pair_of, sample
-from eval.textsource import TextSampler, load_model
+from eval.textsource import TextSampler, kind_of, load_model
 from tests.pipelines import stable_diffusion, stable_diffusion_3
 from tests.small import OVERRIDES, small_config
 from tests.test_sd3 import FLOW, theirs
@@ -177,6 +177,15 @@ def test_what_is_refused_before_anything_is_done(folders, tmp_path, overrides, k
         with pytest.raises(UserError, match=message) as caught:
             check(config)
         assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"_class_name": ["my_module", "Pipeline"]}', '{"_class_name": "DDIMPipeline"}']
+)
+def test_other_folders_are_no_text_to_image_pipelines(folders, tmp_path, text):
+    assert (kind_of(folders["t5"]), kind_of(tmp_path)) == ("sd3", None)
+    (tmp_path / "model_index.json").write_text(text)
+    assert kind_of(tmp_path) is None
 
 
 def test_the_sampler_of_flows_is_refused_elsewhere(tmp_path):

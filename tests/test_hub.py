@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from defenses.errors import UserError
-from tests.pipelines import STEM, change, contents, plant, stable_diffusion
+from tests.pipelines import STEM, change, contents, plant, stable_diffusion, stable_diffusion_3
 from train import hub
 from train.pipelines import load
 
@@ -95,6 +95,17 @@ def test_only_what_is_needed_is_fetched(folder, fetched, marker):
     weights = {f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"}
     assert {name for name in fetched if not name.endswith(".json")} == weights
     assert {name for name in fetched if name.startswith("safety")} <= {"safety_checker/config.json"}
+
+
+def test_stable_diffusion_3_is_fetched_with_t5_and_no_more(folder, fetched, marker):
+    shutil.rmtree(folder)
+    stable_diffusion_3(folder)
+    for name in ("sd3_medium.safetensors", "tokenizer_3/spiece.model", "text_encoder_3/pytorch_model.bin"):
+        plant(folder / name, marker)
+    assert load("some/model", COMMIT).kind == "sd3"
+    weights = {f"{part}/{STEM}.safetensors" for part in ("transformer", "vae")}
+    weights |= {f"text_encoder{number}/model.safetensors" for number in ("", "_2", "_3")}
+    assert {name for name in fetched if not name.endswith(".json")} == weights
 
 
 def test_what_is_refused_by_its_configuration_is_not_fetched(folder, fetched):

@@ -152,6 +152,22 @@ def test_clip_can_be_trained_too_and_t5_never_is(folders, tmp_path, name):
         assert not moved(folders[name], directory.model, part)
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_every_trained_parameter_has_a_part_in_the_loss(folders, text):
+    """Which several processes need: a gradient that never comes would stop them."""
+    from train.latent import build
+    from train.models import ModelConfig
+
+    settings = ModelConfig(family="latent", pretrained=str(folders["t5"]), train_text_encoder=text)
+    objective = objective_of(folders["t5"])
+    objective.model = model = build(settings, 16, 3, 0, None)
+    objective.loss(model, objective.draw(batch_of())).sum().backward()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"transformer", *(["text_encoders"] if text else [])}
+    assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in trained.values())
+    assert all(value.grad is None for module in model.beside for value in module.parameters())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_option_at_once(folders, tmp_path, precision):
     options = [

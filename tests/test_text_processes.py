@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.pipelines import stable_diffusion_xl
+from tests.pipelines import stable_diffusion_3, stable_diffusion_xl
 from tests.test_distributed import TEN_STEPS, launch
 from tests.test_latent import SD
+from tests.test_sd3 import FLOW
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -56,3 +57,19 @@ def test_one_model_gives_the_same_images(runs):
         assert np.abs(difference).max() <= 1
     reports = [json.loads((folder / "report.json").read_text())["privacy"]["extraction"] for folder in folders]
     assert reports[0]["protocol"] == "prompted" and reports[0]["candidates"] == reports[1]["candidates"]
+
+
+def test_a_flow_trains_alike(tmp_path):
+    """Stable Diffusion 3 with its CLIP text encoders in training."""
+    torch.manual_seed(0)
+    stable_diffusion_3(tmp_path / "base")
+    options = [each for each in TEN_STEPS if not each.startswith("defenses")]
+    for processes in (1, 2):
+        launch(
+            processes, "train/run.py", *options, *FLOW, f"model.pretrained={tmp_path / 'base'}", f"run.name=p{processes}",
+            f"run.output_dir={tmp_path}", "model.train_text_encoder=true", "train.caption_dropout=0.5",
+        )  # fmt: skip
+    one, two = (load_file(tmp_path / f"p{p}" / "checkpoints" / "step-10" / "model.safetensors") for p in (1, 2))
+    assert any(name.startswith("transformer.") for name in one) and any(name.startswith("text_enc") for name in one)
+    differences = torch.cat([(one[name] - two[name]).abs().flatten() for name in one if "k_proj.bias" not in name])
+    assert differences.mean() < 1e-5 and differences.max() < 1e-3
