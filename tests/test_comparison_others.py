@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -147,6 +148,22 @@ def test_a_control_among_equally_many_copies_decides_where_it_can(planted, strat
     part = {"p_value": stratified, "strata": [], "without_counterpart": {"tested": 3, "own": alone}}
     edit(planted[0]["none"], "privacy.extraction.control.captions.stratified", part)
     assert standing(compared(planted)[1]["none"]) == level
+
+
+def test_the_page_shows_the_p_value_that_decides(planted):
+    """Fisher's 0.0123 alone would contradict the badge: among pictures with equally many copies it is 0.3456."""
+    part = {"p_value": 0.3456, "strata": [], "without_counterpart": {"tested": 3, "own": 0}}
+    edit(planted[0]["none"], "privacy.extraction.control.captions.stratified", part)
+    result, arms = compared(planted)
+    assert standing(arms["none"]) == "unclear"
+    folder = planted[0]["none"].runs[0].directory.parent
+    render(folder, result, restricted=False, images=None)
+    source = " ".join(Page(folder / "comparison.html").source.split())
+    verdict_part = source[source.index('id="verdict"') : source.index('id="table"')]
+    assert len(
+        re.findall(r"by captions p = <data[^>]*>0\.012</data> \(by copies <data[^>]*>0\.35</data>\)", verdict_part)
+    ) == len(SEEDS)
+    assert "the larger of p (Fisher's test) and p by copies" in source
 
 
 def test_missing_controls_by_captions_are_told(planted):
