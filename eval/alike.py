@@ -87,6 +87,8 @@ def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | N
         if None in (one.asked, other.asked) or not is_prompted(one):
             continue
         sides = [_asked(one), _asked(other)]
+        if None not in [side["digest"] for side in sides]:  # otherwise by name: a report is of an older version
+            sides = [side | {"rewritten": None} for side in sides]
         for key, text in ASKED.items():
             values = [side[key] for side in sides]
             if None not in values and values[0] != values[1]:
@@ -98,15 +100,12 @@ def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | N
 def _asked(outcome: Outcome) -> dict[str, Any]:
     """What a prompted attack was given; None what its report does not tell."""
     captions = lookup(outcome.report, "privacy.captions") or {}
-    trained, digest = captions.get("prompts") == "trained", captions.get("asked_sha256")
-    known_by_name = (
-        trained and digest is None and captions.get("rewritten_by") is not None
-    )  # a report of an older version
+    trained, rewriters = captions.get("prompts") == "trained", captions.get("rewritten_by")
     return {
         "prompts": outcome.asked.get("prompts"),
         "generations": outcome.asked["generations"],
-        "digest": digest,
-        "rewritten": (", ".join(captions["rewritten_by"]) or "no defense") if known_by_name else None,
+        "digest": captions.get("asked_sha256"),
+        "rewritten": (", ".join(rewriters) or "no defense") if trained and rewriters is not None else None,
         "trained": trained,
     }
 

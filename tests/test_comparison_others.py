@@ -105,10 +105,11 @@ def test_one_seed_asked_otherwise_is_enough(planted):
 
 
 @pytest.mark.parametrize(("rewritten", "alike"), [(["scrub"], False), ([], True)])
-def test_reports_of_an_older_version_are_judged_by_who_rewrote(planted, rewritten, alike):
-    for name in ("none", "dedup"):
+@pytest.mark.parametrize("newer", [{}, {"asked_sha256": "aa" * 32}])
+def test_reports_of_an_older_version_are_judged_by_who_rewrote(planted, rewritten, alike, newer):
+    for name, digest in (("none", {}), ("dedup", newer)):
         rewriters = rewritten if name == "dedup" else []
-        told = {"losses": "trained", "prompts": "trained", "rewritten_by": rewriters}
+        told = {"losses": "trained", "prompts": "trained", "rewritten_by": rewriters} | digest
         edit(planted[0][name], "privacy.captions", told)
     chosen = {name: planted[0][name] for name in ("none", "dedup")}
     found = compared((chosen, planted[1]))[1]["dedup"]
