@@ -296,5 +296,6 @@ def test_the_page_quotes_them(planted, tmp_path):
         part.count("not measured") == 3 * 7 + 1
     )  # three arms have one of eight columns; recall at a tenth is not in the report
     assert "Not measured in any arm: Canaries of DP-SGD." in part and "guard OFF" in part
+    assert re.search(r"; by captions p <data[^>]*>0\.038</data>", part)  # the attack on the fine-tuning must pass both
     assert "Not comparable: asked otherwise than none" in page.source
     assert "does not tell from chance, or from what captions bring back</h3>" in page.source  # the filter's single hits
