@@ -96,11 +96,14 @@ def test_a_finished_autoencoder_serves_other_runs_of_the_same_pictures(tmp_path,
             made(tmp_path / f"other{number}", **{"config": config} | change)
 
 
-def test_a_kept_autoencoder_that_is_damaged_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_kept_autoencoder_that_is_damaged_is_refused(tmp_path, damage):
     config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
     made(tmp_path / "first", config=config)
     (file,) = (tmp_path / "kept").iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1  # one bit of a weight
+    file.write_bytes(content[:1000] if damage == "cut" else content)
     with pytest.raises(UserError, match=r"autoencoder-[0-9a-f]{16}.safetensors: is no autoencoder of this run"):
         made(tmp_path / "second", config=config)
 

@@ -186,7 +186,10 @@ def taken(file: Path | None, vae: AutoencoderKL, accelerator: Any) -> float | No
     def load() -> float:
         try:
             with safe_open(file, "pt") as stored:
-                vae.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+                weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                if hashlib.sha256(save(weights)).hexdigest() != stored.metadata()["sha256"]:
+                    raise ValueError("other weights than were kept")
+                vae.load_state_dict(weights)
                 return float(stored.metadata()["seconds"])
         except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(str(file), "is no autoencoder of this run", "remove it") from error
@@ -205,7 +208,8 @@ def keep(file: Path | None, vae: AutoencoderKL, seconds: float, accelerator: Any
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with atomic(file, "wb") as handle:
-                handle.write(save(weights, {"seconds": str(seconds)}))
+                sha256 = hashlib.sha256(save(weights)).hexdigest()
+                handle.write(save(weights, {"seconds": str(seconds), "sha256": sha256}))
         except OSError as error:
             accelerator.print(f"the autoencoder is not kept for other runs: {error}")
 
