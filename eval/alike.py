@@ -45,13 +45,14 @@ def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> No
     """Refuses a comparison of things that were not measured alike.
 
     Args:
-        arms: every arm with its outcomes; the first one that is done is what the others are held against.
+        arms: every arm with its outcomes; the first one that is done, and has images, is what the others are held against.
         factor: dotted key that the comparison varies: what its section decides may differ between arms, not within one.
 
     Raises:
         UserError: names the field, and the two arms with their values.
     """
     done = [(arm, outcome) for arm, outcomes in arms for outcome in outcomes if outcome.report is not None]
+    done.sort(key=lambda pair: pair[1].silenced)  # stable: one without quality is nothing to hold others against
     varied = factor.partition(".")[0] if factor else None
     first: dict[str, tuple[Arm, Outcome]] = {}
     for arm, outcome in done:
@@ -63,6 +64,13 @@ def check_alike(arms: list[tuple[Arm, list[Outcome]]], factor: str | None) -> No
 def is_prompted(outcome: Outcome) -> bool:
     """Whether the images of a run were asked for by prompts."""
     return lookup(outcome.report, "privacy.extraction.protocol") == "prompted"
+
+
+def nothing_left(outcomes: Sequence[Outcome]) -> str | None:
+    """Why an arm cannot be held against others: in a run its guard let no image out, so that neither leakage nor quality was measured.
+    None: every finished run has images."""
+    seed = next((outcome.run.seed for outcome in outcomes if outcome.report is not None and outcome.silenced), None)
+    return None if seed is None else f"seed {seed}: its guard withheld every image, so there is nothing to measure"
 
 
 def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | None:
@@ -79,6 +87,8 @@ def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | N
         if None in (one.asked, other.asked) or not is_prompted(one):
             continue
         sides = [_asked(one), _asked(other)]
+        if None not in [side["digest"] for side in sides]:  # otherwise by name: a report is of an older version
+            sides = [side | {"rewritten": None} for side in sides]
         for key, text in ASKED.items():
             values = [side[key] for side in sides]
             if None not in values and values[0] != values[1]:
@@ -90,15 +100,12 @@ def asked_otherwise(mine: Sequence[Outcome], base: Sequence[Outcome]) -> str | N
 def _asked(outcome: Outcome) -> dict[str, Any]:
     """What a prompted attack was given; None what its report does not tell."""
     captions = lookup(outcome.report, "privacy.captions") or {}
-    trained, digest = captions.get("prompts") == "trained", captions.get("asked_sha256")
-    known_by_name = (
-        trained and digest is None and captions.get("rewritten_by") is not None
-    )  # a report of an older version
+    trained, rewriters = captions.get("prompts") == "trained", captions.get("rewritten_by")
     return {
         "prompts": outcome.asked.get("prompts"),
         "generations": outcome.asked["generations"],
-        "digest": digest,
-        "rewritten": (", ".join(captions["rewritten_by"]) or "no defense") if known_by_name else None,
+        "digest": captions.get("asked_sha256"),
+        "rewritten": (", ".join(rewriters) or "no defense") if trained and rewriters is not None else None,
         "trained": trained,
     }
 
@@ -107,7 +114,8 @@ def _compare(one: tuple[Arm, Outcome], other: tuple[Arm, Outcome], varied: str |
     mine, theirs = (_facts(outcome, varied) for _, outcome in (one, other))
     for path in [*mine, *(path for path in theirs if path not in mine)]:
         values = mine.get(path), theirs.get(path)
-        if values[0] != values[1] and not (path.startswith(OPTIONAL) and None in values):
+        unmeasured = path.startswith("utility.") and (one[1].silenced or other[1].silenced)
+        if values[0] != values[1] and not unmeasured and not (path.startswith(OPTIONAL) and None in values):
             raise _refusal(path, one, other, values)
     records = one[1].training.records, other[1].training.records
     if varied != "data" and records[0] is not records[1] and records[0] != records[1]:

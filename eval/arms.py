@@ -124,6 +124,11 @@ class Outcome:
         return self.report is not None and self.report["privacy"].get("extraction_guard_off") is not None
 
     @property
+    def silenced(self) -> bool:
+        """Whether the guard withheld every image: nothing was attacked, and there is no quality."""
+        return self.guarded and self.report["privacy"]["extraction"]["generations"] == 0
+
+    @property
     def by_construction(self) -> bool:
         """Whether little is found behind the guard by construction: a defense there judges images by the attack's own score, or does
         not say that it does not."""

@@ -11,7 +11,7 @@ permutation test of whole units with all permutations.
 Captions are not asked at random: on either side those of the most copied pictures come first, and a training split has more of them. If
 often copied pictures are also easier to draw from their captions, Fisher's test calls that memory. So the test is made once more among
 pictures with equally many copies (`eval.stratified`), which holds whatever copies do to S. It says nothing of training pictures
-with a number of copies that no held-out one has, such as planted copies: of these Fisher's test alone speaks, and it is exact only if
+with a number of copies that no tested held-out one has, such as planted copies: of these Fisher's test alone speaks, and it is exact only if
 being copied came after the sides were drawn and fell on any picture alike.
 
 The picture must be the caption's own: the nearest of many training pictures would be nearer than the nearest of few held-out

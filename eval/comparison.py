@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from defenses.errors import UserError
-from eval.alike import asked_otherwise, check_alike
+from eval.alike import asked_otherwise, check_alike, nothing_left
 from eval.armfigures import EXTRACTION, Loaded, checkpoint, common, done_of, guard_off, is_by_construction, is_guarded
 from eval.arms import Arm, ArmRun, Outcome, UtilityFloor, lookup, read_outcomes
 from eval.comparisonwords import P_VALUES, not_measured
@@ -55,10 +55,14 @@ def assemble(
     seeds = [run.seed for run in loaded[0][0].runs]
     checkpoints = curves(loaded, utility.metric)
     otherwise = {} if varied(factor) else {arm.name: asked_otherwise(outcomes, base) for arm, outcomes in loaded}
-    described = [_describe(arm, outcomes, utility, otherwise.get(arm.name)) for arm, outcomes in loaded]
+    empty = {arm.name: nothing_left(outcomes) for arm, outcomes in loaded}
+    described = [_describe(arm, outcomes, otherwise.get(arm.name), empty[arm.name]) for arm, outcomes in loaded]
+    otherwise = {name: empty[name] or otherwise.get(name) for name in empty}
     for entry, (arm, outcomes) in zip(described, loaded, strict=True):
+        entry["comparable"], entry["why"] = comparability(outcomes, utility, otherwise[arm.name])
         other = arm.name != reference
-        pair, why = (checkpoints[arm.name], checkpoints[reference]), otherwise.get(arm.name)
+        why = otherwise[arm.name] or (empty[reference] and f"the reference, {empty[reference]}")
+        pair = checkpoints[arm.name], checkpoints[reference]
         entry["versus_reference"] = versus(outcomes, base, why) if other else None
         entry["matched"] = matched(seeds, *pair, utility.metric, why) if other else None
     adjust(described)
@@ -123,11 +127,14 @@ def varied(factor: str | None) -> bool:
     return factor is not None and factor.startswith(("data.", "generate.", "attack."))
 
 
-def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor, otherwise: str | None) -> dict[str, Any]:
-    """One arm without what it is compared with."""
+def _describe(arm: Arm, outcomes: list[Outcome], otherwise: str | None, empty: str | None) -> dict[str, Any]:
+    """One arm without what it is compared with.
+
+    Args:
+        otherwise, empty: why its counts cannot be held against others, see `eval.alike`; None: they can.
+    """
     done = done_of(outcomes)
     defenses = done[0].report["defenses"] if done else []
-    comparable, why = comparability(outcomes, utility, otherwise)
     return {
         "name": arm.name,
         "level": arm.level,
@@ -141,9 +148,8 @@ def _describe(arm: Arm, outcomes: list[Outcome], utility: UtilityFloor, otherwis
         "summary": _summary(done),
         "other_attacks": over_seeds([others(outcome.report) for outcome in done]),
         "by_construction": is_by_construction(done),
-        "comparable": comparable,
         "asked_otherwise": otherwise,
-        "why": why,
+        "nothing_left": empty,
     }
 
 

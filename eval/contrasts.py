@@ -44,7 +44,7 @@ def comparability(
     """Whether an arm may be ranked, and why not; None where nothing was measured.
 
     Args:
-        otherwise: why it was not asked like the reference (`eval.alike.asked_otherwise`); None: it was.
+        otherwise: why its counts cannot be held against the reference's (`eval.alike`); None: they can.
     """
     if not done_of(outcomes):
         return None, "no run of this arm finished"
@@ -59,7 +59,7 @@ def comparability(
 
 
 def versus(outcomes: list[Outcome], base: list[Outcome], otherwise: str | None = None) -> dict[str, Any]:
-    """Paired differences from the reference, seed by seed; of counts only where both were asked alike (``otherwise``: why not)."""
+    """Paired differences from the reference, seed by seed; of counts only where they can be held against each other (``otherwise``: why not)."""
     test = NO_TEST | {"test": f"none: {otherwise}"} if otherwise else _pictures_test(outcomes, base)
     counts = [None] * len(base) if otherwise else _differences(outcomes, base, VERIFIED)
     found = {"verified": _paired(counts) | test | {"p_value_holm": None, "smallest_p_value_holm": None, "note": None}}

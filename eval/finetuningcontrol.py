@@ -73,9 +73,10 @@ def compared(
     """``captions`` of one weight: how many captions bring their own picture back, on either side."""
     config, limit = scene.config, scene.config.attack.finetuning.verify_l2
     rule, device = Rule(1, lambda distance: distance[:, 0].astype(np.float64) / limit), scene.accelerator.device
+    seconds = config.attack.finetuning.clique_seconds / max(len(control.attacked), len(control.prompts))
     sides, found = {}, {}
     for split, texts, images in (("train", control.attacked, attacked), ("heldout", control.prompts, unseen)):
-        found[split] = candidates(images, len(texts), config, device)
+        found[split] = candidates(images, len(texts), seconds, config, device)
         sides[split] = outcomes(split, texts, found[split], control.known, dataset, rule, device)
     part = figures(sides, config.data.exchangeable())
     training = {"prompts": len(control.attacked), "candidates": len(found["train"]), **part["training"]}
@@ -90,14 +91,20 @@ def compared(
     }
 
 
-def candidates(images: Generations, prompts: int, config: SimpleNamespace, device: Any) -> dict[int, np.ndarray]:
-    """The candidate of each caption that has one, by the caption's place, uint8 [C, H, W]."""
+def candidates(
+    images: Generations, prompts: int, seconds: float, config: SimpleNamespace, device: Any
+) -> dict[int, np.ndarray]:
+    """The candidate of each caption that has one, by the caption's place, uint8 [C, H, W].
+
+    Args:
+        seconds: of search for each caption; the same for both sides, which the test takes to be treated alike.
+    """
     settings, names, found = config.attack.finetuning, images.groups[0][1], {}
     for place in range(prompts):
         own = names[place * settings.per_prompt : (place + 1) * settings.per_prompt]
         pixels = images.read(own, config.data.image_size, config.data.channels)
         distance = tiled_l2(pixels, device)
-        clique = largest_clique(distance <= settings.edge_threshold, seconds=settings.clique_seconds / prompts)
+        clique = largest_clique(distance <= settings.edge_threshold, seconds=seconds)
         if len(clique.nodes) >= settings.clique_size:
             found[place] = pixels[medoid(distance, clique.nodes)]
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from eval.attackwords import primary
 from eval.quoted import lookup
+from eval.stratified import decisive
 
 NO_MEAN = ("p_value", "p_value_holm", "auc_ci95", "tpr_ci95")  # parts of a path whose mean over seeds means nothing
 Privacy = dict[str, Any]  # the part of that name of report.json
@@ -84,13 +85,8 @@ def _of(privacy: Privacy, attack: Attack) -> dict[str, Any] | None:
 
 
 def beyond_captions(found: dict[str, Any] | None) -> float | None:
-    """p-value of the control by captions on which the verdict of a run rests, too, from "captions" of `others`: the larger one of
-    Fisher's test and the one among equally many copies; Fisher's alone where that was not made, or where a picture that came back
-    has no counterpart with as many copies."""
-    if found is None:
-        return None
-    fisher, stratified, alone = (found["figures"][path] for path in ("p_value", *STRATIFIED))
-    return fisher if None in (fisher, stratified) or alone else max(fisher, stratified)
+    """p-value of the control by captions on which the verdict rests (`eval.stratified.decisive`), from "captions" of `others`."""
+    return None if found is None else decisive(*(found["figures"][path] for path in ("p_value", *STRATIFIED)))
 
 
 def _part(name: str) -> Callable[[Privacy], str | None]:

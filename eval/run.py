@@ -103,7 +103,8 @@ def check_defenses(config: SimpleNamespace, target: str) -> None:
     if target == "run_dir" or not given:
         return
     outer = {name: kind for name, kind in CLASSES.items() if kind.wrap_sampler is not Defense.wrap_sampler}
-    useful = {name for name, kind in outer.items() if not kind.needs_calibration} if target == "pipeline" else set()
+    able = {name for name, kind in outer.items() if kind.after_training and not kind.needs_calibration}
+    useful = able if target == "pipeline" else set()
     refused = [f"defenses.{name}" for name in given if name not in useful]
     if refused:
         raise UserError(

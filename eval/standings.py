@@ -92,19 +92,25 @@ def claim_notes(arm: dict[str, Any]) -> list[str]:
 
 def groups(arms: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Arms by what the verdict says of them: "leak", "unclear", "none", "below" (stated utility), "otherwise" (not asked like the
-    reference) and "unfinished".
+    reference), "empty" (no image left) and "unfinished".
 
-    An arm that is not comparable stands in "below" or "otherwise" alone unless it leaks: a defense that ruins the pictures looks
+    An arm that is not comparable stands in "below", "otherwise" or "empty" alone unless it leaks: a defense that ruins the pictures looks
     private, and a model that ruins them and leaks all the same is a leak first.
     """
-    found: dict[str, list[int]] = {name: [] for name in ("leak", "unclear", "none", "below", "otherwise", "unfinished")}
+    found: dict[str, list[int]] = {
+        name: [] for name in ("leak", "unclear", "none", "below", "otherwise", "empty", "unfinished")
+    }
     for index, arm in enumerate(arms):
         name = standing(arm)
         if arm["comparable"] is False:
-            found["otherwise" if arm["asked_otherwise"] else "below"].append(index)
+            found[_why(arm)].append(index)
         if arm["comparable"] is not False or name == "leak":
             found[name].append(index)
     return found
+
+
+def _why(arm: dict[str, Any]) -> str:
+    return "empty" if arm["nothing_left"] else "otherwise" if arm["asked_otherwise"] else "below"
 
 
 def level(arms: list[dict[str, Any]]) -> str:

@@ -62,3 +62,18 @@ def p_value(parts: Sequence[Stratum]) -> float | None:
         chances = np.convolve(chances, hypergeom.pmf(support, units, hits, part.training))
     observed = sum(part.training_own for part in both)
     return float(min(1.0, chances[observed:][::-1].sum()))
+
+
+def decisive(fisher: float | None, within: float | None, alone: int | None) -> float | None:
+    """The p-value that a verdict rests on: the larger one of Fisher's test of all units and the stratified one; Fisher's alone where a
+    training unit with S = 1 is in a stratum without held-out units, of which the stratified test says nothing. None: there is none.
+
+    The chance of a value up to the level is at most the level if every stratum of training units has held-out ones, or if strata came
+    after the sides were drawn and fell on any unit alike. Where some strata came before and some after, it is not: Fisher's test is wrong
+    for the former, and one S = 1 among the latter leaves the decision to it.
+
+    Args:
+        fisher, within: both p-values.
+        alone: training units with S = 1 in strata without held-out units; None: not known.
+    """
+    return fisher if None in (fisher, within) or alone else max(fisher, within)

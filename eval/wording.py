@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from eval.stratified import decisive
+
+EVIDENCE_P = 0.05  # largest p-value of a control at which hits are told from chance, or from what captions bring back
 THIN = "\N{NARROW NO-BREAK SPACE}"
 
 # Generations that a tier needs (facts of Carlini et al. 2023, sections 4.2 and 5.1, scaled down): untargeted, prompted.
@@ -181,7 +184,7 @@ def _stratified(captions: dict[str, Any]) -> str:
     alone = part["without_counterpart"]
     if alone["own"]:
         text += (
-            f" {alone['own']:,} of those that came back have a number of copies that no held-out one has: of these Fisher's test alone "
+            f" {alone['own']:,} of those that came back have a number of copies that no tested held-out one has: of these Fisher's test alone "
             "speaks, which takes it that pictures were copied without regard to how easily their captions bring them back, as "
             "planted copies are."
         )
@@ -189,17 +192,22 @@ def _stratified(captions: dict[str, Any]) -> str:
 
 
 def beyond_caption(captions: dict[str, Any] | None) -> float | None:
-    """p-value on which the verdict rests: the larger one of Fisher's test and the stratified one; Fisher's alone where a picture
-    that came back has no counterpart with as many copies, of which the stratified test says nothing. None: there is none.
-
-    With this rule the chance of a false "beyond the caption" stays below the level if either all training units have
-    counterparts, or copies came after the sides were drawn.
-    """
+    """p-value of a control by captions on which the verdict rests (`eval.stratified.decisive`); None: there is none."""
     captions = captions or {}
-    part, fisher = captions.get("stratified"), captions.get("p_value")
-    if fisher is None or not part or part["p_value"] is None or part["without_counterpart"]["own"]:
-        return fisher
-    return max(fisher, part["p_value"])
+    part = captions.get("stratified") or {}
+    return decisive(captions.get("p_value"), part.get("p_value"), _alone(captions))
+
+
+def if_copied_at_random(captions: dict[str, Any]) -> bool:
+    """Whether hits are beyond the caption only if pictures were copied without regard to how easily captions bring them back: the
+    test that copies cannot mislead does not say so."""
+    within = (captions.get("stratified") or {}).get("p_value")
+    return bool(_alone(captions)) and (within is None or within > EVIDENCE_P)
+
+
+def _alone(captions: dict[str, Any]) -> int | None:
+    """Training pictures that came back and have a number of copies that no tested held-out one has."""
+    return ((captions.get("stratified") or {}).get("without_counterpart") or {}).get("own")
 
 
 def captions_lacking(extraction: dict[str, Any]) -> str | None:

@@ -169,7 +169,7 @@ def _arm(name: str, row: tuple, runs: list[dict[str, Any]]) -> dict[str, Any]:
     arm |= {"defenses": names, "claims": claims, "kind": kind, "runs": runs}
     arm |= {"protects": "outputs" if name == "output_filter" else "weights"}
     arm["other_attacks"] = over_seeds([run["other_attacks"] for run in runs if run["values"]])
-    arm |= {"by_construction": name == "output_filter", "asked_otherwise": None}
+    arm |= {"by_construction": name == "output_filter", "asked_otherwise": None, "nothing_left": None}
     arm["summary"] = {key: _mean([values[key] for values in found]) for key in keys}
     below = bool(found) and _mean([values["utility.kid"] for values in found])["mean"] > ABOVE
     why = (

@@ -294,6 +294,47 @@ def test_a_leak_must_be_beyond_the_caption_too(p_value, beyond, level, words):
 
 
 @pytest.mark.parametrize(
+    ("training", "part", "level", "title"),
+    [
+        (
+            (6, 8),
+            (1.0, 5),
+            "leak",
+            "away, beyond what captions tell, if the copied ones are no easier to draw by caption",
+        ),
+        (
+            (6, 8),
+            (None, 6),
+            "leak",
+            "away, beyond what captions tell, if the copied ones are no easier to draw by caption",
+        ),
+        ((6, 8), (0.03, 5), "leak", "away, beyond what captions tell"),
+        ((6, 8), (0.03, 0), "leak", "away, beyond what captions tell"),
+        ((0, 8), (1.0, 0), "unclear", "but none by a caption of its own, so not known to be beyond the caption"),
+    ],
+)
+def test_the_title_claims_what_the_deciding_test_can_say(training, part, level, title):
+    """Fisher's test alone decides where pictures that came back have no counterpart: that rests on how they came to be copied."""
+    report = fabricate_report()
+    extraction = report["privacy"]["extraction"]
+    report["privacy"] = dict.fromkeys(report["privacy"]) | {"extraction": extraction | {"protocol": "prompted"}}
+    own, tested = training
+    told = {"p_value": part[0], "reason": None, "strata": [], "without_counterpart": {"tested": 8, "own": part[1]}}
+    captions = {
+        "tested": 8,
+        "own": 0,
+        "p_value": 0.01 if own else 1.0,
+        "reason": None,
+        "unit": "picture",
+        "stratified": told,
+    }
+    captions |= {"training": {"prompts": 8, "candidates": 6, "tested": tested, "own": own, "verified": 5}}
+    report["privacy"]["extraction"]["control"] |= {"p_value": 0.001, "captions": captions}
+    found = verdict(report)
+    assert found["level"] == level and found["title"].endswith(title)
+
+
+@pytest.mark.parametrize(
     ("within", "alone", "level"), [(0.0377, 0, "leak"), (0.4321, 0, "unclear"), (1.0, 5, "leak"), (None, 6, "leak")]
 )
 def test_the_page_tells_both_p_values_and_what_each_leaves_out(within, alone, level, tmp_path):
@@ -332,11 +373,12 @@ def test_the_page_tells_both_p_values_and_what_each_leaves_out(within, alone, le
     assert f"Among pictures with equally many copies: {said}" in pages[1]
     assert '<tr><td class="n">7</td><td class="n">9</td><td class="n">6</td>' in pages[1]
     assert (
-        f"9 training pictures, {alone} of them back, have a number of copies that no held-out one has" in pages[1]
+        f"9 training pictures, {alone} of them back, have a number of copies that no tested held-out one has"
+        in pages[1]
     ) == (alone > 0)
     outcome = verdict(run.report)
     sentence = " ".join(outcome["sentences"])
-    assert (f"{alone} of those that came back have a number of copies that no held-out one has" in sentence) == (
+    assert (f"{alone} of those that came back have a number of copies that no tested held-out one has" in sentence) == (
         alone > 0
     )
     assert outcome["level"] == level and "p = 0.012 (Fisher's test, one-sided)" in sentence

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,10 +105,11 @@ def test_one_seed_asked_otherwise_is_enough(planted):
 
 
 @pytest.mark.parametrize(("rewritten", "alike"), [(["scrub"], False), ([], True)])
-def test_reports_of_an_older_version_are_judged_by_who_rewrote(planted, rewritten, alike):
-    for name in ("none", "dedup"):
+@pytest.mark.parametrize("newer", [{}, {"asked_sha256": "aa" * 32}])
+def test_reports_of_an_older_version_are_judged_by_who_rewrote(planted, rewritten, alike, newer):
+    for name, digest in (("none", {}), ("dedup", newer)):
         rewriters = rewritten if name == "dedup" else []
-        told = {"losses": "trained", "prompts": "trained", "rewritten_by": rewriters}
+        told = {"losses": "trained", "prompts": "trained", "rewritten_by": rewriters} | digest
         edit(planted[0][name], "privacy.captions", told)
     chosen = {name: planted[0][name] for name in ("none", "dedup")}
     found = compared((chosen, planted[1]))[1]["dedup"]
@@ -147,6 +149,22 @@ def test_a_control_among_equally_many_copies_decides_where_it_can(planted, strat
     part = {"p_value": stratified, "strata": [], "without_counterpart": {"tested": 3, "own": alone}}
     edit(planted[0]["none"], "privacy.extraction.control.captions.stratified", part)
     assert standing(compared(planted)[1]["none"]) == level
+
+
+def test_the_page_shows_the_p_value_that_decides(planted):
+    """Fisher's 0.0123 alone would contradict the badge: among pictures with equally many copies it is 0.3456."""
+    part = {"p_value": 0.3456, "strata": [], "without_counterpart": {"tested": 3, "own": 0}}
+    edit(planted[0]["none"], "privacy.extraction.control.captions.stratified", part)
+    result, arms = compared(planted)
+    assert standing(arms["none"]) == "unclear"
+    folder = planted[0]["none"].runs[0].directory.parent
+    render(folder, result, restricted=False, images=None)
+    source = " ".join(Page(folder / "comparison.html").source.split())
+    verdict_part = source[source.index('id="verdict"') : source.index('id="table"')]
+    assert len(
+        re.findall(r"by captions p = <data[^>]*>0\.012</data> \(by copies <data[^>]*>0\.35</data>\)", verdict_part)
+    ) == len(SEEDS)
+    assert "the larger of p (Fisher's test) and p by copies" in source
 
 
 def test_missing_controls_by_captions_are_told(planted):
@@ -278,5 +296,6 @@ def test_the_page_quotes_them(planted, tmp_path):
         part.count("not measured") == 3 * 7 + 1
     )  # three arms have one of eight columns; recall at a tenth is not in the report
     assert "Not measured in any arm: Canaries of DP-SGD." in part and "guard OFF" in part
+    assert re.search(r"; by captions p <data[^>]*>0\.038</data>", part)  # the attack on the fine-tuning must pass both
     assert "Not comparable: asked otherwise than none" in page.source
     assert "does not tell from chance, or from what captions bring back</h3>" in page.source  # the filter's single hits

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from defenses.errors import UserError
+from defenses.promptperturbation import PromptPerturbation
 from eval import run as evaluation
 from eval import stage
 from tests.pipelines import stable_diffusion
@@ -288,6 +290,18 @@ def test_defenses_that_cannot_be_applied_are_refused_by_name(target, tmp_path):
     assert set(caught.value.key.split(", ")) == named and "leave them out" in caught.value.remedy
     assert ("prompt_perturbation" in caught.value.remedy) == (target == "pipeline")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_defense_that_also_trains_is_refused_with_a_model_of_others(monkeypatch):
+    """Half of it would be applied, and its claim told in the report."""
+
+    class Both(PromptPerturbation):
+        name, after_training = "both", False
+
+    monkeypatch.setitem(evaluation.CLASSES, "both", Both)
+    given = SimpleNamespace(**dict.fromkeys(evaluation.CLASSES) | {"both": object()})
+    with pytest.raises(UserError, match="^defenses.both: cannot be applied to a model of others"):
+        evaluation.check_defenses(SimpleNamespace(defenses=given, pipeline="nowhere"), "pipeline")
 
 
 def test_a_defense_of_prompts_needs_a_model_with_prompts(folders, tmp_path):

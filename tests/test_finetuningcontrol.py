@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import extrapolation
+from eval import extrapolation, finetuningcontrol
 from eval.attackwords import finetuning_evidence, finetuning_sentences
+from eval.cliques import largest_clique
 from eval.config import GenerateConfig
 from eval.extrapolation import Pair
 from eval.finetuning import FinetuningConfig, run
@@ -130,6 +131,20 @@ def test_how_many_held_out_captions_and_why_none(tmp_path, monkeypatch):
         report = attacked(tmp_path / str(number), monkeypatch, [0], **small | changes)
         assert reason in report["captions_reason"] and all(entry["captions"] is None for entry in report["weights"])
         assert not (tmp_path / str(number) / "out" / "finetuning_control").exists()
+
+
+def test_every_caption_is_searched_as_long_on_either_side(tmp_path, monkeypatch):
+    """Three held-out captions do not get more time each than eight training captions, nor the other way round."""
+    limits = []
+
+    def noted(adjacency, *, seconds):
+        limits.append(seconds)
+        return largest_clique(adjacency, seconds=seconds)
+
+    monkeypatch.setattr(finetuningcontrol, "largest_clique", noted)
+    small = {"steps": 2, "per_prompt": 2, "permutations": 9, "clique_seconds": 6.0}
+    attacked(tmp_path, monkeypatch, [0], control_prompts=3, **small)
+    assert limits == [6.0 / 8] * (2 * (8 + 3))
 
 
 def test_the_dry_run_says_what_the_control_costs():

@@ -1,6 +1,7 @@
 """A small pipeline from scratch: its autoencoder, its parts, what is written, and stops in between."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from train.autoencoder import (
 )
 from train.diffusion import DiffusionConfig, noise_schedule
 from train.plan import EpochPlan
-from train.scratch import FACTS, SIZES, autoencoder, check_size, make, network, seeded, text_model
+from train.scratch import FACTS, SIZES, autoencoder, check_size, kept_file, make, network, seeded, text_model
 from train.vocabulary import learn
 
 CAPTIONS = ["a red square", "a blue square", "a red disc, small"]
@@ -95,13 +96,40 @@ def test_a_finished_autoencoder_serves_other_runs_of_the_same_pictures(tmp_path,
             made(tmp_path / f"other{number}", **{"config": config} | change)
 
 
-def test_a_kept_autoencoder_that_is_damaged_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_kept_autoencoder_that_is_damaged_is_refused(tmp_path, damage):
     config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
     made(tmp_path / "first", config=config)
     (file,) = (tmp_path / "kept").iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1  # one bit of a weight
+    file.write_bytes(content[:1000] if damage == "cut" else content)
     with pytest.raises(UserError, match=r"autoencoder-[0-9a-f]{16}.safetensors: is no autoencoder of this run"):
         made(tmp_path / "second", config=config)
+
+
+@pytest.mark.parametrize("where", ["full", "read-only"])
+def test_an_autoencoder_that_cannot_be_kept_stops_no_run(tmp_path, monkeypatch, capsys, where):
+    """A full disk costs other runs their time, not this one its hours."""
+    config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
+    if where == "full":
+        monkeypatch.setattr("train.scratch.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    else:
+        (tmp_path / "kept").write_text("a file")  # no folder can be made there
+    facts = made(tmp_path / "base", config=config)
+    assert re.search("is not kept for other runs: .*(No space left|exists|Not a directory)", capsys.readouterr().out)
+    assert (tmp_path / "base" / FACTS).exists() and facts["seconds"] > 0
+    if where == "full":
+        assert not list((tmp_path / "kept").iterdir())
+
+
+def test_other_libraries_make_another_autoencoder(tmp_path, monkeypatch):
+    config = replace(CONFIG, autoencoders=str(tmp_path / "kept"))
+    names = {kept_file(training(tmp_path, config=config), "nano").name}
+    names.add(kept_file(training(tmp_path, config=config, images=pictures().reshape(24, 3, 8, 32)), "nano").name)
+    monkeypatch.setattr("torch.__version__", "0.0.1")
+    names.add(kept_file(training(tmp_path, config=config), "nano").name)
+    assert len(names) == 3
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -155,12 +156,18 @@ def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet, scheduler, f
 
 def kept_file(training: AutoencoderTraining, size: str) -> Path | None:
     """Where the finished autoencoder of a training is kept for other runs: the name is a digest of all that decides it, pictures, settings,
-    seed and number of processes. None: nowhere."""
-    config, rows, folder = training.config, training.rows, training.config.autoencoders
+    seed, number of processes, kind of device and versions of the libraries. None: nowhere."""
+    config, rows, folder, accelerator = (
+        training.config,
+        training.rows,
+        training.config.autoencoders,
+        training.accelerator,
+    )
     if folder is None:
         return None
-    told = [asdict(replace(config, autoencoders=None)), size, training.seed, training.precision]
-    digest = hashlib.sha256(json.dumps([*told, training.accelerator.num_processes, len(rows)]).encode())
+    told = [asdict(replace(config, autoencoders=None)), size, asdict(SIZES[size]), training.seed, training.precision]
+    told += [torch.__version__, diffusers.__version__, accelerator.device.type, accelerator.num_processes]
+    digest = hashlib.sha256(json.dumps([*told, len(rows), *training.images.shape[1:]]).encode())
     digest.update(rows.astype(np.int64).tobytes())  # random numbers go by row
     for start in range(0, len(rows), _BLOCK):
         digest.update(np.ascontiguousarray(training.images[rows[start : start + _BLOCK]]).tobytes())
@@ -179,9 +186,12 @@ def taken(file: Path | None, vae: AutoencoderKL, accelerator: Any) -> float | No
     def load() -> float:
         try:
             with safe_open(file, "pt") as stored:
-                vae.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+                weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                if hashlib.sha256(save(weights)).hexdigest() != stored.metadata()["sha256"]:
+                    raise ValueError("other weights than were kept")
+                vae.load_state_dict(weights)
                 return float(stored.metadata()["seconds"])
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(str(file), "is no autoencoder of this run", "remove it") from error
 
     seconds = together(accelerator, load)
@@ -190,13 +200,18 @@ def taken(file: Path | None, vae: AutoencoderKL, accelerator: Any) -> float | No
 
 
 def keep(file: Path | None, vae: AutoencoderKL, seconds: float, accelerator: Any) -> None:
-    """Keeps a finished autoencoder, which has seen the pictures: the folder is for its owner alone."""
+    """Keeps a finished autoencoder, which has seen the pictures: the folder is for its owner alone. Where it cannot be written, this run
+    goes on without."""
 
     def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()}
-        with atomic(file, "wb") as handle:
-            handle.write(save(weights, {"seconds": str(seconds)}))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with atomic(file, "wb") as handle:
+                sha256 = hashlib.sha256(save(weights)).hexdigest()
+                handle.write(save(weights, {"seconds": str(seconds), "sha256": sha256}))
+        except OSError as error:
+            accelerator.print(f"the autoencoder is not kept for other runs: {error}")
 
     if file is not None:
         on_main(accelerator, write)
