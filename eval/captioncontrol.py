@@ -131,4 +131,5 @@ def heldout_candidates(
         return candidates_of(images.streamed.findings)
     read = partial(images.read, image_size=config.data.image_size, channels=config.data.channels)
     groups = [(name, files, partial(read, files)) for name, files in images.groups]
-    return candidates_of(examine(groups, heldout, config.attack.extraction, accelerator)[0])
+    asked = [images.asked[name] for name, _ in images.groups]
+    return candidates_of(examine(groups, heldout, config.attack.extraction, accelerator, asked)[0])

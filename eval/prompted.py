@@ -52,7 +52,7 @@ def prompted(
     prompts = list(prompts)
     asked = [len(names) for _, names, _ in prompts] if asked is None else asked
     refuse_hopeless(config, asked)
-    results, best = examine(prompts, training, config, accelerator)
+    results, best = examine(prompts, training, config, accelerator, asked)
     places = zip(best.prompt.tolist(), best.place.tolist(), strict=True)
     nearest = [results[prompt].matches[place]["generation"] if prompt >= 0 else None for prompt, place in places]
     return conclude(
@@ -62,7 +62,7 @@ def prompted(
 
 
 def examine(
-    prompts: list[Prompt], training: Pictures, config: ExtractionConfig, accelerator: Any = None
+    prompts: list[Prompt], training: Pictures, config: ExtractionConfig, accelerator: Any, asked: Sequence[int]
 ) -> tuple[list[PromptFinding], NearestGenerations]:
     """Cliques and nearest pictures of all prompts, on all ranks, each of which gets the same; see `prompted`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -74,7 +74,7 @@ def examine(
         for index in range(rank, len(prompts), world):
             name, names, images = prompts[index]
             images = images() if callable(images) else images
-            result, near = attack_prompt(index, name, names, images, training, config, device)
+            result, near = attack_prompt(index, name, names, images, training, config, device, asked[index])
             if near is not None:
                 best.add(index, near)
             found.append(result)
@@ -187,9 +187,13 @@ def attack_prompt(
     training: Pictures,
     config: ExtractionConfig,
     device: Any,
+    asked: int,
 ) -> tuple[PromptFinding, SearchResult | None]:
     """Clique and nearest pictures of one prompt's generations, uint8 [N, C, H, W]; nothing is verified yet. N = 0, where a defense
     withheld them all, flags nothing.
+
+    The size of a clique that flags follows ``asked``, the images that were drawn, and not what a defense left of them: one that withholds
+    more of the training captions' images would otherwise make these the easier to flag than those of the control.
 
     Where only those of flagged prompts are held against the pictures (``config.nearest``), another one has no matches.
     """
@@ -201,7 +205,7 @@ def attack_prompt(
     inside = distance[np.ix_(clique.nodes, clique.nodes)]
     medoid = clique.nodes[int(inside.sum(axis=1).argmin())]  # the lowest of equals
     size = len(clique.nodes)
-    flagged = size >= clique_size(config, len(images))
+    flagged = size >= clique_size(config, asked)
     result, matches = None, []
     if flagged or config.nearest == "all":
         result = search(images, training.images, training.picture, 1, device=device)
@@ -244,7 +248,7 @@ def _withheld(results: list[PromptFinding], config: ExtractionConfig) -> dict[st
         ``images``; ``prompts``: those of which it left too few for a clique, which therefore are not flagged; ``reason`` why there is no
         candidate, None where prompts are left that could give one.
     """
-    few = [row["generations"] < clique_size(config, row["generations"]) for row in (r.row for r in results)]
+    few = [r.row["generations"] < clique_size(config, _drawn(r)) for r in results]
     gone = [result.row["withheld"] for result in results]
     if not any(gone):
         return None
@@ -252,9 +256,13 @@ def _withheld(results: list[PromptFinding], config: ExtractionConfig) -> dict[st
     return {"images": sum(gone), "prompts": silenced, "reason": SILENCED if all(few) else None}
 
 
+def _drawn(finding: PromptFinding) -> int:
+    return finding.row["generations"] + finding.row["withheld"]
+
+
 def _settings(config: ExtractionConfig, results: list[PromptFinding]) -> dict[str, Any]:
     sizes = [result.row["generations"] for result in results]
-    least = sorted({clique_size(config, size) for size in sizes})
+    least = sorted({clique_size(config, _drawn(result)) for result in results})
     return {
         "edge_threshold": config.edge_threshold,
         "tiles": f"{_GRID}x{_GRID}",

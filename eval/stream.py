@@ -115,6 +115,7 @@ class Stream:
             finding, near = attack_prompt(
                 prompt, files[0].parent.name, [records.name(prompt, index) for index in there],
                 np.stack([images[index] for index in there]), self.training, self.config.attack.extraction, self.device,
+                asked=len(images),
             )  # fmt: skip
             if near is not None:
                 nearest.add(prompt, near, there)

@@ -63,6 +63,18 @@ def test_a_chain_is_one_component_but_no_clique():
     assert result.cliques[0]["edges"] == 19 and result.report["candidates"] == 0
 
 
+def test_the_clique_that_flags_follows_what_was_drawn_not_what_a_guard_left():
+    """Of 100 images the clique needs 10; 6 alike flag a prompt of 16 images, not one of which 84 were withheld."""
+    training = fabricated.blobs(1, 40)
+    images = np.concatenate([fabricated.noisy(np.repeat(training[4:5], 6, 0), 0.03), fabricated.blobs(4, 10)])
+    config, pictures = ExtractionConfig(permutations=99), fabricated.pictures(training)
+    for asked, flagged in ((16, True), (100, False)):
+        options = {"exchangeable": True, "seed": 1, "asked": [asked]}
+        result = prompted([prompt("a", images)], pictures, None, config, **options)
+        assert result.cliques[0]["flagged"] is flagged and result.cliques[0]["clique_size"] == 6
+        assert result.report["settings"]["clique_size"] == (4 if asked == 16 else 10)
+
+
 def test_the_planted_answer_is_returned_exactly():
     training, strangers = fabricated.blobs(1, 40), fabricated.blobs(2, 3)
     prompts = [
