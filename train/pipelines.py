@@ -80,6 +80,11 @@ class Parts:
         return {self.part: self.network, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
 
     @property
+    def absent(self) -> list[str]:
+        """Parts that this pipeline does without, which a call of ``from_pretrained`` must say."""
+        return ["text_encoder_3", "tokenizer_3"] if self.kind == "sd3" and len(self.text_encoders) < 3 else []
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents that the network is made for."""
         size = self.network.config.sample_size
