@@ -42,7 +42,7 @@ images = pipeline(4, class_labels, generator=torch.Generator().manual_seed(0)).i
 
 TEXT_TO_IMAGE = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True)
+pipeline = DiffusionPipeline.from_pretrained("model", use_safetensors=True{absent})
 images = pipeline("a prompt", num_inference_steps=50).images"""
 
 
@@ -188,12 +188,20 @@ def _loading(report: dict[str, Any]) -> str:
 
 def loading_code(report: dict[str, Any]) -> str:
     """Python lines that load the model from the folder ``model`` and draw ``images``."""
-    extraction = (report["privacy"] or {}).get("extraction")
     if _is_gan(report):
         return GAN
-    if extraction and extraction["protocol"] == "prompted":
-        return TEXT_TO_IMAGE
+    if is_text_to_image(report):  # diffusers wants to hear what a pipeline does without
+        parts = report["model"].get("absent_parts") or []
+        return TEXT_TO_IMAGE.format(absent="".join(f", {part}=None" for part in parts))
     return CLASS_CONDITIONAL if report["model"].get("classes") else UNCONDITIONAL
+
+
+def is_text_to_image(report: dict[str, Any]) -> bool:
+    """Whether the model takes prompts, also where the attack by prompts was not run."""
+    extraction = (report["privacy"] or {}).get("extraction")
+    return (report["model"] or {}).get("family") == "latent" or bool(
+        extraction and extraction["protocol"] == "prompted"
+    )
 
 
 def _text(value: Any) -> str:

@@ -49,9 +49,8 @@ class GenerateConfig(SamplerConfig):
     precision: Literal["auto", "bf16", "fp32"] = (
         "fp32"  # of the network; auto: bf16 where the machine has it in hardware
     )
-
-    # torch.compile of the network, for one size of passes: half a minute or more once per process, then passes that are a third
-    # to a half faster; images differ by what rounding makes of them
+    # torch.compile of the network, for one size of passes: half a minute or more once per process, then faster ones; images differ
+    # by what rounding makes of them
     compile: bool = False
 
     def __post_init__(self):
@@ -71,27 +70,11 @@ class GenerateConfig(SamplerConfig):
             )
 
     def planned(self, captions: int, heldout: int = 0) -> tuple[int, int]:
-        """Prompts that will be attacked, and the most held-out captions that will be their control; see `outlook`."""
+        """Prompts that will be attacked, of so many distinct ones, and the most held-out captions that will be their control: none for
+        prompts of a file or chosen by their scores."""
         prompts = min(captions, self.max_prompts)
         control = min(heldout, prompts if self.control_prompts is None else self.control_prompts)
         return prompts, 0 if self.prompts is not None or self.order == "prefilter" else control
-
-    def outlook(self, captions: int, heldout: int = 0) -> str:
-        """Line of the dry run of a text-to-image model: what the prompted attack will draw.
-
-        Args:
-            captions: distinct prompts that there are (captions, or lines of ``prompts``).
-            heldout: distinct captions of held-out pictures.
-        """
-        prompts, control = self.planned(captions, heldout)
-        each = max(1, self.batch_size // self.per_prompt)  # prompts in a pass
-        passes, again = (-(-count // each) * -(-self.per_prompt // self.batch_size) for count in (prompts, control))
-        text = (
-            f"prompted attack {prompts} prompts x {self.per_prompt} images x {self.steps} steps: "
-            f"{prompts * self.per_prompt} images, {passes * self.steps} passes of up to {self.batch_size} images"
-        )
-        more = f"{control * self.per_prompt} images, {again * self.steps} passes more"
-        return f"{text}; control of up to {control} held-out captions: {more}" if control else text
 
 
 @dataclass(kw_only=True)

@@ -129,7 +129,7 @@ def _text_source(
     """Stable Diffusion 1.x, 2.x, XL, 3."""
     model, known = load_model(folder, device, config.precision), _sidecar(folder)
     facts = {"family": type(model).__name__, "parameters": parameter_count(model)}
-    facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known)}
+    facts |= {**dict.fromkeys(UNKNOWN), **_known_facts(known), "absent_parts": model.parts.absent}
     side = side_of(model, known)
     sampler = TextSampler(model, config, config.precision, seed, side, shape[0], compiles=config.compile)
 

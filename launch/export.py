@@ -8,7 +8,7 @@ from typing import Any
 from defenses.errors import UserError
 from defenses.outputfilter import FOLDER as INDEX_FOLDER
 from defenses.promptperturbation import FOLDER as PERTURBATION
-from eval.card import TEXT_TO_IMAGE, loading_code
+from eval.card import is_text_to_image, loading_code
 from launch.plan import Job, Plan
 from train.files import atomic, write_json
 
@@ -113,7 +113,7 @@ def _code(report: dict[str, Any], filtered: bool) -> str:
         filtered: whether the model has an output filter.
     """
     code, gan = loading_code(report), report["model"]["family"] == "gan"
-    by_prompts, plain = code == TEXT_TO_IMAGE, not report["model"].get("classes") and not gan
+    by_prompts, plain = is_text_to_image(report), not report["model"].get("classes") and not gan
     perturbation = next((each["settings"] for each in report["defenses"] if each["name"] == PERTURBATION), None)
     if perturbation is not None:
         told = {key: perturbation[key] for key in ("target", "steps", "learning_rate")}

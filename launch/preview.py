@@ -19,7 +19,7 @@ from launch.plan import Job, Plan, shown
 from train import cli, families, textstage
 from train.data import prepare
 from train.diffusion import noise_schedule
-from train.dryrun import disk_bytes, gib
+from train.dryrun import disk_bytes, gib, prompt_counts
 from train.loop import Trainer
 from train.records import class_names, select_records
 from train.runlog import RunDirectory
@@ -36,6 +36,7 @@ class Cost:
     step_seconds: float
     forward_seconds: float  # of the network, per image
     disk_bytes: int
+    captions: tuple[int, int] = (0, 0)  # `train.dryrun.prompt_counts` of a text-to-image model
 
 
 def show(whole: Plan) -> int:
@@ -106,7 +107,10 @@ def existing(folder: Path) -> Path:
 def expected_seconds(job: Job, cost: Cost) -> float:
     """Training, and the images of every checkpoint that is attacked."""
     generate, later = job.config.generate, len(job.config.report.along) if job.parent is None else 0
-    images = generate.count * generate.steps * (1 + later) * cost.forward_seconds
+    count = generate.count
+    if families.of(job.config.model).captioned:
+        count = sum(generate.planned(*cost.captions)) * generate.per_prompt
+    images = count * generate.steps * (1 + later) * cost.forward_seconds
     return images + (cost.step_seconds * job.config.train.steps if job.parent is None else 0.0)
 
 
@@ -131,7 +135,8 @@ def measure(job: Job, accelerator: Accelerator) -> Cost:
         )
         disk = disk_bytes(config, dataset, defenses, trainer.state.model)
         disk += textstage.cache_bytes(config, dataset, defenses, trainer.state.model)
-        return Cost(step_seconds(trainer), forward_seconds(trainer, config), disk)
+        captions = prompt_counts(config, dataset) if families.of(config.model).captioned else (0, 0)
+        return Cost(step_seconds(trainer), forward_seconds(trainer, config), disk, captions)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -41,6 +41,18 @@ def test_values_and_gradients_are_those_of_the_formula(masked, named):
         assert (one.double() - other.double()).abs().max() <= 0.02 * other.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_the_type_of_the_result_is_that_without_the_mode(given, autocast):
+    (query, key, value), _ = tensors()
+    query, key, value = query.detach().to(given).requires_grad_(), key.to(given), value.to(given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = F.scaled_dot_product_attention(query, key, value)
+        with Float32Attention():
+            found = F.scaled_dot_product_attention(query, key, value)
+    assert found.dtype == plain.dtype
+
+
 def test_without_a_gradient_nothing_is_converted():
     (query, key, value), _ = tensors()
     with torch.no_grad():
@@ -54,3 +66,20 @@ def test_only_where_it_is_faster():
     assert isinstance(training_attention(CPU, "bf16"), Float32Attention)
     assert not isinstance(training_attention(CPU, "fp32"), Float32Attention)
     assert not isinstance(training_attention(torch.device("cuda"), "bf16"), Float32Attention)
+
+
+def test_a_compiled_network_has_it_too():
+    """train.compile: traced within the mode, without it (held-out losses), and within it again."""
+    (query, key, value), _ = tensors(torch.float32)
+    plain = lambda *given: F.scaled_dot_product_attention(*given)  # noqa: E731
+    code = torch.compile(plain, backend="aot_eager", fullgraph=True)
+
+    def gradients(network, mode):
+        with torch.autocast("cpu", torch.bfloat16), training_attention(CPU, "bf16" if mode else "fp32"):
+            found = network(query, key, value)
+        return found, *torch.autograd.grad(found.float().square().sum(), (query, key, value))
+
+    assert not torch.equal(gradients(plain, True)[1], gradients(plain, False)[1])
+    for mode in (True, False, True):
+        for one, other in zip(gradients(code, mode), gradients(plain, mode), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)

@@ -6,7 +6,10 @@ import yaml
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 
 from eval.card import model_card
+from eval.config import GenerateConfig
+from eval.source import load
 from tests.fabricate import fabricate_report
+from tests.pipelines import stable_diffusion_3
 
 
 def test_front_matter_and_numbers():
@@ -59,3 +62,21 @@ def test_the_loading_example_runs(tmp_path, monkeypatch, classes):
         assert not torch.equal(images[0], images[1])
     else:
         assert len(images) == 4 and images[0].size == (8, 8)
+
+
+@pytest.mark.parametrize(("t5", "attacked"), [(True, True), (False, True), (False, False)])
+@pytest.mark.filterwarnings("ignore")  # of the libraries, in code that the user will run
+def test_the_loading_example_of_prompts_runs(tmp_path, monkeypatch, t5, attacked):
+    """Also without T5, which diffusers wants to hear of, and where the attack by prompts was not run."""
+    torch.manual_seed(0)
+    stable_diffusion_3(tmp_path / "model", t5=t5)
+    options = GenerateConfig(sampler="euler", steps=1)
+    source = load(tmp_path / "model", options, 0, (3, 16, 16), torch.device("cpu"))
+    report = fabricate_report()
+    report["model"] |= source.facts | {"family": "latent"}
+    report["privacy"]["extraction"] = report["privacy"]["extraction"] | {"protocol": "prompted"} if attacked else None
+    code = re.search(r"```python\n(.*?)```", model_card(report), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code.replace("=50", "=1"), "MODEL_CARD.md", "exec"), names)
+    assert names["images"][0].size == (16, 16)

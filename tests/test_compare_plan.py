@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from defenses.errors import UserError
+from eval.config import GenerateConfig
 from launch import preview
 from launch.compare import training_picture
 from launch.plan import plan, shown
@@ -131,6 +133,20 @@ def test_expected_time_by_hand(tmp_path):
     cost = preview.Cost(step_seconds=2.0, forward_seconds=0.5, disk_bytes=0)
     assert preview.expected_seconds(whole.of("none")[0], cost) == 40 + 2 * 32 * 4 * 0.5
     assert preview.expected_seconds(whole.of("filter")[0], cost) == 32 * 4 * 0.5
+
+
+@pytest.mark.parametrize(("captions", "prompts"), [((2, 0), 2), ((9, 1), 5 + 1), ((9, 9), 5 + 5)])
+def test_expected_seconds_of_prompts(captions, prompts):
+    """Prompts and their control by held-out captions, not `generate.count`, which is of other models."""
+    generate = GenerateConfig(count=1000, max_prompts=5, per_prompt=3, steps=4)
+    config = SimpleNamespace(
+        generate=generate,
+        model=SimpleNamespace(family="latent"),
+        report=SimpleNamespace(along=[]),
+        train=SimpleNamespace(steps=20),
+    )
+    cost = preview.Cost(step_seconds=2.0, forward_seconds=0.5, disk_bytes=0, captions=captions)
+    assert preview.expected_seconds(SimpleNamespace(config=config, parent=None), cost) == 40 + prompts * 3 * 4 * 0.5
 
 
 def test_keys_of_a_run_go_to_every_arm(tmp_path):

@@ -41,12 +41,25 @@ def test_every_number_of_rows_gives_the_plain_values_and_is_compiled_once():
         code(torch.randn(5, 6), torch.rand(5), more={"shift": torch.randn(5, 1)})
 
 
+def test_further_checkpoints_take_the_code_of_the_first_and_their_own_weights():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    values, times, shift = torch.randn(4, 6), torch.rand(4), torch.randn(4, 1)
+    with torch.no_grad():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            network = Network().eval().requires_grad_(False)
+            (found,) = FixedBatch(network, 4)(values, times, more={"shift": shift})
+            assert torch.allclose(found, network(values, times, {"shift": shift})[0], atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """By the tracing part of the compiler alone: code for a whole network takes half a minute."""
     plain, sizes = torch.compile, []
 
-    def trace(network, dynamic, options):
+    def trace(network, dynamic):
         def watched(*args, **kwargs):
             sizes.append(len(args[0]))
             return code(*args, **kwargs)

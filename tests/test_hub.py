@@ -108,6 +108,21 @@ def test_stable_diffusion_3_is_fetched_with_t5_and_no_more(folder, fetched, mark
     assert {name for name in fetched if not name.endswith(".json")} == weights
 
 
+def test_shards_of_half_precision_alone_are_fetched(folder, fetched):
+    """As the libraries name them: the variant before the number."""
+    shutil.rmtree(folder)
+    stable_diffusion_3(folder).save_pretrained(folder / "half", variant="fp16", max_shard_size="20KB")
+    for path in (folder / "half").rglob("*.fp16*"):
+        shutil.move(path, folder / path.relative_to(folder / "half"))
+    shutil.rmtree(folder / "half")
+    for part in ("transformer", "text_encoder_3"):
+        assert len(list((folder / part).glob("*.fp16-0*-of-0*.safetensors"))) > 1
+    for path in folder.rglob("*.safetensors"):
+        if "fp16" not in path.name:
+            path.unlink()
+    assert load("some/model", COMMIT).kind == "sd3"
+
+
 def test_what_is_refused_by_its_configuration_is_not_fetched(folder, fetched):
     change(folder / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match="some/model: its unet takes 9 channels"):

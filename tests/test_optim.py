@@ -108,3 +108,26 @@ def test_dictionaries_within_an_optimizers_state_are_saved_and_restored(tmp_path
     assert found["step"] == 3 and found["quantised"]["deep"]["block"] == 256
     assert torch.equal(found["quantised"]["levels"], torch.arange(4, dtype=torch.uint8))
     assert found["quantised"]["deep"]["scale"].item() == 0.5
+
+
+def test_resume_of_convolutions_in_channels_last(tmp_path):
+    """Files hold moments in row-major order; a fused step would pair them with other weights than theirs."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 5).to(memory_format=torch.channels_last)
+        return model, build_optimizer(OptimizerConfig(), list(model.parameters()), 0.1)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        model(images).square().sum().backward()
+        optimizer.step()
+
+    (whole, optimizer), (resumed, later) = made(), made()
+    step(whole, optimizer)
+    checkpoint.save(tmp_path / "step-1", whole, optimizer, list(whole.parameters()), {"step": 1})
+    checkpoint.load(tmp_path / "step-1", resumed, later)
+    step(whole, optimizer)
+    step(resumed, later)
+    assert torch.equal(resumed.weight, whole.weight)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from defenses.errors import UserError
@@ -224,3 +225,23 @@ def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
         assert not (tmp_path / "x" / "model").exists()
     assert sorted(renamed[0]) == [".model.tmp", "unet", "weights"] and synced[-1] == "x"
     assert (tmp_path / "x" / "model" / "unet" / "weights").read_text() == "w"
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [({}, set()), ({"compile": True}, {"generate.compile"}), ({"steps": 6}, {"generate.steps"})],
+)
+def test_a_run_that_knew_of_no_switch_goes_on_without_it(tmp_path, changed, refused):
+    """Also with images half drawn: those of a compiled network are never among those of a plain one."""
+    earlier = {"generate": {"steps": 5}, "train": {"diffusion": {"prediction": "epsilon"}}}
+    now = {"generate": {"steps": 5, "compile": False} | changed, "train": {"diffusion": {"prediction": "epsilon"}}}
+    now["train"]["diffusion"]["flow"] = {"shift": 3.0, "weighting": "logit_normal"}
+    directory = runlog.RunDirectory(runlog.RunConfig(name="run", output_dir=str(tmp_path)))
+    directory.open(OmegaConf.create(earlier), "")
+    directory.generations.mkdir()
+    if not refused:
+        directory.open(OmegaConf.create(now), "")
+        return
+    with pytest.raises(UserError) as caught:
+        directory.open(OmegaConf.create(now), "")
+    assert {caught.value.key} == refused

@@ -346,3 +346,22 @@ def test_a_pipeline_of_betas_is_not_trained_as_a_flow(folders, tmp_path):
     stable_diffusion(tmp_path / "sd")
     with pytest.raises(UserError, match="set train.diffusion.prediction=epsilon .*noise_schedule=scaled_linear"):
         run(tmp_path, tmp_path / "sd")
+
+
+def test_the_example_of_the_documentation_is_accepted(folders, tmp_path):
+    """configs/sd3-lora.yaml as it stands, on small pictures: the text's part of attention has adapters too, all with a gradient."""
+    import yaml
+
+    from train.adapters import AdapterConfig
+    from train.latent import build
+    from train.models import ModelConfig
+
+    told = yaml.safe_load((Path(__file__).parents[1] / "configs" / "sd3-lora.yaml").read_text())
+    adapter = AdapterConfig(**told["model"]["adapter"])
+    objective = objective_of(folders["t5"])
+    settings = ModelConfig(family="latent", pretrained=str(folders["t5"]), adapter=adapter)
+    objective.model = model = build(settings, 16, 3, 0, None)
+    objective.loss(model, objective.draw(batch_of())).sum().backward()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert all(any(f".{target}." in name for name in trained) for target in adapter.targets)
+    assert all(value.grad is not None for value in trained.values())

@@ -29,6 +29,7 @@ from tests.reference import fabricated
 from tests.small import small_config
 from tests.test_entry_points import evaluate, folders, pictures  # noqa: F401
 from train.data import Dataset
+from train.dryrun import prompted_outlook
 from train.record import Record
 from train.runlog import RunDirectory
 
@@ -361,10 +362,14 @@ def test_passes_hold_every_image_once(groups, count, batch):
 
 @pytest.mark.parametrize(("prompts", "count", "batch"), [(7, 10, 32), (3, 70, 64), (5, 64, 64)])
 def test_the_dry_run_counts_the_passes(prompts, count, batch):
-    config = replace(settings().generate, max_prompts=7, per_prompt=count, batch_size=batch, steps=5)
+    config = SimpleNamespace(
+        generate=replace(settings().generate, max_prompts=7, per_prompt=count, batch_size=batch, steps=5)
+    )
     plan = [block for unit in units(prompts, count, batch) for block in passes(unit, count, batch)]
     line = f"{prompts} prompts x {count} images x 5 steps: {prompts * count} images, {5 * len(plan)} passes"
-    assert line in config.outlook(prompts) and "7 prompts" in config.outlook(99)
+    assert line in prompted_outlook(config, prompts) and "7 prompts" in prompted_outlook(config, 99)
+    config.generate.compile = True
+    assert f"passes of up to {batch} images, compiled first" in prompted_outlook(config, prompts)
 
 
 def test_half_written_passes_on_disk_are_drawn_whole(tmp_path):

@@ -26,9 +26,11 @@ class Float32Attention(TorchFunctionMode):
         query = args[0] if args else kwargs["query"]
         if not query.requires_grad:
             return func(*args, **kwargs)
+        lower = torch.is_autocast_enabled("cpu")  # queries that were normalised are float32 within it, too
+        kind = torch.get_autocast_dtype("cpu") if lower else query.dtype
         args, kwargs = tree_map_only(torch.Tensor, _float, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
-            return func(*args, **kwargs).to(query.dtype)
+            return func(*args, **kwargs).to(kind)
 
 
 def _float(value: torch.Tensor) -> torch.Tensor:

@@ -74,12 +74,22 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         ema = [averaged[name] for name in names]
         state = json.loads((folder / "state.json").read_text())
         optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), state.pop("optimizer")))
+        _lay_out(optimizer)
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise UserError(
             str(folder), f"cannot be resumed from: {reason}", "remove this folder to resume from the one before"
         ) from error
     return ema, state
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Moments in the memory layout of their parameters, which files do not keep: a fused step goes through all of them in the order
+    of memory, and on a CPU does not look whether it is the same."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _names(model: nn.Module) -> tuple[list[str], set[str]]:

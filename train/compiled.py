@@ -25,17 +25,14 @@ def refuse_without_compiler(key: str, device: torch.device) -> None:
 
 class FixedBatch:
     """``network`` for inference, compiled for ``batch`` rows: fewer are filled up by repeating the last, since another size would be
-    compiled anew.
-
-    Weights must not change afterwards: on a CPU they are folded into the code, laid out as its matrix units read them.
+    compiled anew. Networks of one class that differ in their weights alone share the code.
 
     Args:
         network: its tensors, by position or name, begin with the batch; returns a tensor or a tuple of them.
     """
 
     def __init__(self, network: nn.Module, batch: int):
-        frozen = {"freezing": True} if next(network.parameters()).device.type == "cpu" else None
-        self.batch, self.code = batch, torch.compile(network, dynamic=False, options=frozen)
+        self.batch, self.code = batch, torch.compile(network, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         count = len(args[0])

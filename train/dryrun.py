@@ -82,7 +82,7 @@ def describe_training(
     parameters, trainable = parameter_count(model), parameter_count(model, trainable=True)
     say(f"parameters {parameters} ({trainable} trained), {type(model).__name__}, device {accelerator.device}")
     if families.of(config.model).captioned:
-        say(config.generate.outlook(*prompt_counts(config, dataset)))
+        say(prompted_outlook(config, *prompt_counts(config, dataset)))
         if config.attack.finetuning is not None:
             say(finetuning_outlook(config, *(len(captions_in(dataset, split)) for split in ("train", "heldout"))))
     for line in (*families.of(config.model).notes, *textstage.notes(config, model)):
@@ -124,6 +124,26 @@ def prompt_counts(config: SimpleNamespace, dataset: Dataset) -> tuple[int, int]:
         lines = Path(config.generate.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
         known = {line.strip() for line in lines} - {""}
     return len(known), len(captions_in(dataset, "heldout"))
+
+
+def prompted_outlook(config: SimpleNamespace, captions: int, heldout: int = 0) -> str:
+    """What the prompted attack will draw.
+
+    Args:
+        captions: distinct prompts that there are (captions, or lines of ``prompts``).
+        heldout: distinct captions of held-out pictures.
+    """
+    settings = config.generate
+    prompts, control = settings.planned(captions, heldout)
+    each = max(1, settings.batch_size // settings.per_prompt)  # prompts in a pass
+    passes, again = (-(-count // each) * -(-settings.per_prompt // settings.batch_size) for count in (prompts, control))
+    text = (
+        f"prompted attack {prompts} prompts x {settings.per_prompt} images x {settings.steps} steps: "
+        f"{prompts * settings.per_prompt} images, {passes * settings.steps} passes of up to {settings.batch_size} images"
+    )
+    text += ", compiled first, each at the cost of a full one" if settings.compile else ""
+    more = f"{control * settings.per_prompt} images, {again * settings.steps} passes more"
+    return f"{text}; control of up to {control} held-out captions: {more}" if control else text
 
 
 def finetuning_outlook(config: SimpleNamespace, captions: int, heldout: int) -> str:

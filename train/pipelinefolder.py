@@ -219,10 +219,12 @@ def choose_variant(part: str, names: Iterable[str], source: str) -> str | None:
 
 
 def weight_patterns(part: str, variant: str | None) -> list[str]:
-    """Shell-style patterns of the files that hold these weights, whole or in shards."""
+    """Shell-style patterns of the files that hold these weights, whole or in shards (whose variant stands before their number, or
+    after it where an older library wrote them)."""
     dot = f".{variant}" if variant else ""
     stem = f"{part}/{STEMS[part]}"
-    return [f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json", f"{stem}-*-of-*{dot}.safetensors"]
+    shards = {f"{stem}{dot}-*-of-*.safetensors", f"{stem}-*-of-*{dot}.safetensors"}
+    return [f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json", *sorted(shards)]
 
 
 def _check_weights(folder: Path, part: str, variant: str | None, source: str) -> None:

@@ -80,6 +80,11 @@ class Parts:
         return {self.part: self.network, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
 
     @property
+    def absent(self) -> list[str]:
+        """Parts that this pipeline does without, which a call of ``from_pretrained`` must say."""
+        return ["text_encoder_3", "tokenizer_3"] if self.kind == "sd3" and len(self.text_encoders) < 3 else []
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents that the network is made for."""
         size = self.network.config.sample_size
@@ -183,21 +188,15 @@ def _check_tokenizers(parts: Parts) -> None:
 
 def assemble(parts: Parts) -> DiffusionPipeline:
     """The pipeline of these very parts, without a safety checker or watermark."""
-    shared = {"vae": parts.vae, parts.part: parts.network, "scheduler": parts.scheduler}
-    tokenizers = dict(zip(TOKENIZERS, parts.tokenizers, strict=False))
-    encoders = dict(zip(TEXT_ENCODERS, parts.text_encoders, strict=False))
+    pieces = {"vae": parts.vae, parts.part: parts.network, "scheduler": parts.scheduler}
+    pieces |= zip(TOKENIZERS, parts.tokenizers, strict=False)
+    pieces |= zip(TEXT_ENCODERS, parts.text_encoders, strict=False)
     if parts.kind == "sd3":
-        return StableDiffusion3Pipeline(
-            **shared, **{"tokenizer_3": None, "text_encoder_3": None} | tokenizers | encoders
-        )
+        return StableDiffusion3Pipeline(**pieces, **dict.fromkeys(parts.absent))
     if parts.kind == "sdxl":
         zeros = parts.force_zeros_for_empty_prompt
-        return StableDiffusionXLPipeline(
-            **shared, **tokenizers, **encoders, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-        )
-    return StableDiffusionPipeline(
-        **shared, **tokenizers, **encoders, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+        return StableDiffusionXLPipeline(**pieces, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    return StableDiffusionPipeline(**pieces, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def save(folder: Path, parts: Parts) -> None:

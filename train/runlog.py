@@ -216,6 +216,12 @@ def _changes(stored: DictConfig, config: DictConfig) -> dict[str, tuple[Any, Any
     differing = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
     # a run of an earlier version, which had no such attack
     differing = [key for key in differing if not (key.startswith(BEFORE_THE_REPORT) and _unheard(key, old))]
+    # or no such switch, which is off, or knew of no flow
+    differing = [
+        key
+        for key in differing
+        if not (_unheard(key, old) and (new.get(key) is False or key.startswith("train.diffusion.flow.")))
+    ]
     return {key: (old.get(key), new.get(key)) for key in differing if not key.startswith(NO_RESULT)}
 
 
